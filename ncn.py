@@ -1,0 +1,510 @@
+"""
+Neuromodulatory Control Networks (NCN), the whole model in one file.
+
+A Transformer computes the same way for every token. A brain does not: a few small nuclei broadcast dopamine,
+acetylcholine and noradrenaline, and the same circuits become more or less sensitive, focused, active. Here a small
+controller network reads the token embeddings and emits, for every token and every layer, three numbers:
+
+    gain       g      in (0, 2)     how strongly the layer's two branches write into the residual stream
+    precision  beta   in (0.01, 4]  inverse temperature of the layer's attention: how sharply it focuses
+    gate       gamma  in (0, 1)     how much of the feed-forward branch (FFN) is let through
+
+Each is 1 when the controller leaves the Transformer alone. Read from the top: config, controller, block, model,
+loss, generation. "Eq." and "section" refer to the paper, "Neuromodulatory Control Networks" (M. C. Morgan, 2025).
+
+Worth noticing:
+- Causal salience: at position t the controller sees tokens 0..t, so training and generation compute the same numbers.
+  The paper trains with the whole sequence in view (`global`) and generates with one token (`reactive`); both are here.
+- The salience cache, future work in the paper: O(1) time and memory per generated token.
+- The model starts as the plain Transformer: every signal is at its neutral value at step 0, and stays there until
+  moving it pays.
+- The loss never holds the logits of a whole batch (kernels.py), generation never recomputes a key or a value.
+"""
+
+import math
+import os
+from collections import namedtuple
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import actuate, linear_cross_entropy, modulate, rms_norm, write_cache
+
+SIGNALS = ("gain", "precision", "gate")
+SALIENCE = ("causal", "global", "reactive")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass
+class NCNConfig:
+    """The model's sizes; the defaults are the paper's run. Raises ValueError where they contradict each other."""
+
+    vocab_size: int = 50257  # tokens the model knows
+    block_size: int = 512  # context length, in tokens
+    n_layer: int = 6  # Transformer blocks
+    n_head: int = 8  # attention heads per block
+    n_embd: int = 256  # width d of the residual stream
+    dropout: float = 0.1  # on embeddings and branch outputs; not on attention probabilities, which would cost the
+    #                       fast attention kernels
+    ncn_hidden: int = 64  # hidden width of the controller
+    ncn_heads: int = 2  # heads of the controller's salience pooling
+    homeostatic_lambda: float = 0.01  # price of a signal's squared distance from 1 (Eq. 18)
+    signals: tuple = SIGNALS  # which signals the controller drives; () is the plain Transformer
+    salience: str = "causal"  # what the salience pooling sees: causal (0..t), global (everything), reactive (t alone)
+
+    def __post_init__(self):
+        self.signals = tuple(name for name in SIGNALS if name in self.signals) if set(self.signals) <= set(SIGNALS) \
+            else _refuse(f"unknown signal in {','.join(self.signals)}: choose from {', '.join(SIGNALS)}, or none")
+        if self.salience not in SALIENCE:
+            _refuse(f"unknown salience mode '{self.salience}': choose from {', '.join(SALIENCE)}")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "ncn_hidden", "ncn_heads"):
+            if getattr(self, name) < 1:
+                _refuse(f"{name} is {getattr(self, name)}, it must be at least 1")
+        for name in ("n_head", "ncn_heads"):
+            if self.n_embd % getattr(self, name):
+                _refuse(f"n_embd {self.n_embd} is not divisible by {name} {getattr(self, name)}")
+        if self.block_size < 2:
+            _refuse("block_size must be at least 2: generation keeps half of it when the window is full")
+        if not 0 <= self.dropout < 1:
+            _refuse(f"dropout is {self.dropout}, it must be in [0, 1)")
+        if not 0 <= self.homeostatic_lambda < math.inf:
+            _refuse(f"homeostatic_lambda is {self.homeostatic_lambda}, it must be 0 or more")
+
+
+def _refuse(message):
+    raise ValueError(message)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Controller
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, eps 1e-5 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return rms_norm(x, self.weight)
+
+
+def salience_pool(scores, values, chunk=32):
+    """
+    Causal softmax pooling: out[t] = sum_{i<=t} softmax(scores[0..t])_i values[i], and the state that continues it.
+
+    scores (B, h, T), values (B, h, T, e), both float32 -> pooled (B, h, T, e), and the state after the last token:
+    running maximum (B, h), running sum (B, h), running weighted value (B, h, e).
+
+    There is one score per token, not one per pair of tokens, so nothing of size (T, T) is needed. Tokens are handled
+    in chunks: within a chunk directly; of each earlier chunk only its maximum, its sum and its weighted value count.
+    Every exponent is a score minus a running maximum that already covers it, so never above 0: exact for any scores.
+    (Measured, 2 CPU cores, fp32, forward and backward at (4, 2, 512, 128): 5.4 ms; SDPA with a repeated query 29 ms.)
+    """
+    T = scores.size(-1)
+    n = -(-T // chunk)
+    pad = n * chunk - T
+    s = F.pad(scores, (0, pad), value=-math.inf).unflatten(-1, (n, chunk))  # (B, h, n, C)
+    v = F.pad(values, (0, 0, 0, pad)).unflatten(-2, (n, chunk))  # (B, h, n, C, e)
+    # The maxima only set the scale that numerator and denominator share: their gradient is exactly zero, so detach.
+    top = s.detach().flatten(-2).cummax(-1).values.unflatten(-1, (n, chunk))  # (B, h, n, C)
+    peak = s.detach().amax(-1)  # (B, h, n)
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=s.device).triu(1)
+    within = (s[..., None, :] - top[..., None]).masked_fill(later, -math.inf).exp()  # (B, h, n, C, C)
+    weight = (s - peak[..., None]).exp()  # (B, h, n, C)
+    chunk_sum = weight.sum(-1)  # (B, h, n)
+    chunk_value = (weight[..., None, :] @ v).squeeze(-2)  # (B, h, n, e)
+    not_before = torch.ones(n, n, dtype=torch.bool, device=s.device).triu()[:, None]
+    before = (peak[..., None, None, :] - top[..., None]).masked_fill(not_before, -math.inf).exp()  # (B, h, n, C, n)
+    total = within.sum(-1) + (before @ chunk_sum[:, :, None, :, None]).squeeze(-1)  # (B, h, n, C)
+    value = within @ v + before @ chunk_value[:, :, None]  # (B, h, n, C, e)
+    pooled = (value / total[..., None]).flatten(2, 3)[:, :, :T]
+    last = [x.flatten(2, 3)[:, :, T - 1] for x in (top, total, value)]
+    return pooled, last
+
+
+def salience_step(score, value, state):
+    """
+    One more token for salience_pool: score (B, h), value (B, h, e), state as salience_pool leaves it, updated in place
+    -> pooled (B, h, e). This is the salience cache: constant time and memory, and the same recurrence by which the
+    online softmax in kernels.cu reads a row of logits once: when the maximum rises, what was summed is rescaled.
+    """
+    top, total, weighted = state
+    new_top = torch.maximum(top, score)
+    old, new = (top - new_top).exp(), (score - new_top).exp()
+    top.copy_(new_top)
+    total.mul_(old).add_(new)
+    weighted.mul_(old[..., None]).add_(new[..., None] * value)
+    return weighted / total[..., None]
+
+
+class Controller(nn.Module):
+    """
+    The neuromodulatory nuclei: embeddings in, three signals per token and layer out.
+
+    Tonic context c (what kind of text is this?) by salience pooling, phasic input x (what is this token?), and a small
+    MLP over their sum that decides, for each layer, how to process the token.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        d, self.n_head, self.n_layer = config.n_embd, config.ncn_heads, config.n_layer
+        self.query = nn.Parameter(torch.empty(1, d))  # the learned salience query, the "top-down attentional set"
+        self.in_proj = nn.Linear(d, 3 * d)  # query, key and value of a standard multi-head attention
+        self.out_proj = nn.Linear(d, d)
+        self.norm = RMSNorm(d)
+        self.layer1 = nn.Linear(d, config.ncn_hidden)
+        self.layer2 = nn.Linear(config.ncn_hidden, self.n_layer * 3)
+        self.register_buffer("active", torch.tensor([name in config.signals for name in SIGNALS]), persistent=False)
+        self.all_active = len(config.signals) == len(SIGNALS)
+
+    def start_neutral(self):
+        """Section 4.1.4: bias z so that gain = 1, precision = 1, gate = 0.953. Call after every other initialisation."""
+        nn.init.normal_(self.layer2.weight, std=1e-3)  # small: the signals start at the biases' values, yet can learn
+        with torch.no_grad():
+            self.layer2.bias.copy_(torch.tensor([0.0, 0.525, 3.0]).repeat(self.n_layer))
+
+    def context(self, x, salience, state=None):
+        """Salience pooling, Eq. 1: x (B, T, d) -> c (B, T, d), or (B, 1, d) for `global`."""
+        wq, wk, wv = self.in_proj.weight.chunk(3)
+        bq, bk, bv = self.in_proj.bias.chunk(3)
+        value = F.linear(x, wv, bv)  # (B, T, d)
+        if salience == "reactive":
+            return self.out_proj(value)  # a softmax over a single token is 1
+        value = value.unflatten(-1, (self.n_head, -1)).transpose(1, 2).float()  # (B, h, T, e)
+        # There is a single query, so q . (Wk x + bk) = (q Wk) . x + q . bk: a (d, h) product replaces a (d, d) one.
+        # In float32 whatever the rest runs in: these scores are exponentiated.
+        with torch.autocast(x.device.type, enabled=False):
+            q = F.linear(self.query, wq, bq).float().view(self.n_head, 1, -1) / math.sqrt(value.size(-1))  # (h, 1, e)
+            key = (q @ wk.float().unflatten(0, (self.n_head, -1))).squeeze(1)  # (h, d)
+            bias = (q.squeeze(1) * bk.float().unflatten(0, (self.n_head, -1))).sum(-1)  # (h,)
+            scores = F.linear(x.float(), key, bias).transpose(1, 2)  # (B, h, T)
+            if salience == "global":
+                pooled = scores.softmax(-1)[:, :, None] @ value  # (B, h, 1, e): every token sees the future
+            elif state is None or x.size(1) > 1:
+                pooled, last = salience_pool(scores, value)  # (B, h, T, e)
+                for kept, new in zip(state or (), last):
+                    kept.copy_(new)
+            else:
+                pooled = salience_step(scores[:, :, 0], value[:, :, 0], state)[:, :, None]  # (B, h, 1, e)
+        return self.out_proj(pooled.transpose(1, 2).flatten(2).to(x.dtype))
+
+    def forward(self, x, salience, state=None):
+        """x (B, T, d) -> signals (B, T, L, 3) float32, and the mean squared deviation from 1, summed over signals."""
+        u = self.norm(self.context(x, salience, state) + x)  # tonic + phasic, Eq. 2 and 13
+        z = self.layer2(torch.tanh(self.layer1(u)))  # Eq. 3 and 14
+        z = z.unflatten(-1, (self.n_layer, 3))  # (B, T, L, 3), Eq. 4
+        signals, deviation = actuate(z)  # Eq. 5, 6, 7, with precision clamped at 4
+        if not self.all_active:  # a signal that the config leaves out stays at 1 and costs nothing
+            signals = torch.where(self.active, signals, 1.0)
+            deviation = deviation * self.active
+        return signals, deviation.sum() * (3 / z.numel())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Block
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block whose attention, branches and FFN the controller modulates."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, self.n_head, self.dropout = config.n_embd, config.n_head, config.dropout
+        self.attn_norm = RMSNorm(d)
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.attn_out = nn.Linear(d, d, bias=False)
+        self.ffn_norm = RMSNorm(d)
+        self.ffn_in = nn.Linear(d, 4 * d)
+        self.ffn_out = nn.Linear(4 * d, d)
+
+    def forward(self, x, signals=None, cache=None, layer=0):
+        """x (B, T, d), this layer's signals (B, T, 3) or None for the plain Transformer -> (B, T, d)."""
+        gain, precision, gate = (None,) * 3 if signals is None else signals.split(1, dim=-1)  # (B, T, 1) each
+        x = self.add(x, self.attention(self.attn_norm(x), precision, cache, layer), gain)  # Eq. 10
+        return self.add(x, self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))), gain, gate)  # Eq. 11, 12
+
+    def add(self, x, branch, gain, gate=None):
+        """One branch joins the residual stream, scaled by its signals."""
+        branch = F.dropout(branch, self.dropout, self.training)
+        return x + branch if gain is None else modulate(branch, x, gain, gate)
+
+    def attention(self, x, precision, cache, layer):
+        T = x.size(1)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, d) each
+        if precision is not None:
+            q = q * precision.to(q.dtype)  # Eq. 8: beta sharpens or flattens; keys stay as they are, so they can be
+            #                                cached
+        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, h, T, d/h)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, h, cache.length + T, d/h)
+        # A single query is the newest token: it may see everything, no mask needed.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # Eq. 9
+        return self.attn_out(y.transpose(1, 2).flatten(2))
+
+
+class Cache:
+    """All that generation remembers: each layer's keys and values, and the salience state. Made once, written in place."""
+
+    def __init__(self, model, batch):
+        c, weight = model.config, model.embed.weight
+        shape = (c.n_layer, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
+        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+        h = c.ncn_heads
+        self.salience = [torch.zeros(batch, *s, device=weight.device) for s in ((h,), (h,), (h, c.n_embd // h))]
+        self.length = 0  # tokens held, on the host ...
+        self.position = torch.zeros((), dtype=torch.long, device=weight.device)  # ... and on the device
+
+    def append(self, layer, k, v):
+        write_cache(self.k[layer], self.v[layer], k, v, self.position)
+        end = self.length + k.size(2)
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def advance(self, n):
+        self.length += n
+        self.position.fill_(self.length)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model and loss
+
+Loss = namedtuple("Loss", "total task homeostatic")
+
+
+class ModulatedLM(nn.Module):
+    """A Transformer language model and the controller that modulates it, trained as one (Eq. 15, 19)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head: the two are tied
+        self.position = nn.Embedding(config.block_size, config.n_embd)
+        self.controller = Controller(config) if config.signals else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() > 1:  # GPT-2: the branches' last projections are scaled so that depth does not add variance
+                branch_end = name.endswith(("attn_out.weight", "ffn_out.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if branch_end else 0.02)
+        if self.controller:
+            self.controller.start_neutral()
+
+    def embeddings(self, ids, start=0):
+        """ids (B, T) at positions start.. -> (B, T, d): what the blocks get, and what the controller reads."""
+        T = ids.size(1)
+        if start + T > self.config.block_size:
+            _refuse(f"{start + T} tokens do not fit into block_size {self.config.block_size}")
+        x = self.embed(ids) + self.position.weight[start : start + T]
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def hidden(self, ids, salience=None, edit=None, cache=None):
+        """ids (B, T) -> the last hidden state (B, T, d), and the controller's deviation (0 without a controller)."""
+        x = self.embeddings(ids, cache.length if cache else 0)
+        signals, deviation = None, x.new_zeros(())
+        if self.controller:
+            salience = salience or self.config.salience
+            signals, deviation = self.controller(x, salience, cache.salience if cache else None)  # (B, T, L, 3)
+            signals = edit(signals) if edit else signals
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if signals is None else signals[:, :, i], cache, i)
+        if cache:
+            cache.advance(ids.size(1))
+        return self.norm(x), deviation
+
+    def forward(self, ids, targets=None, salience=None, edit=None):
+        """
+        ids (B, T) int64 -> logits (B, T, vocab_size); with targets (B, T), where -1 is ignored, a Loss instead:
+        total = task + homeostatic, all in nats per token (float32 scalars).
+
+        salience overrides the config's mode. edit, a function from signals (B, T, L, 3) to signals, changes them
+        before use: to dose a modulator or to pin it. The homeostatic loss is that of the unedited signals.
+        """
+        x, deviation = self.hidden(ids, salience, edit)
+        if targets is None:
+            return F.linear(x, self.embed.weight)
+        task = linear_cross_entropy(x, self.embed.weight, targets)
+        homeostatic = self.config.homeostatic_lambda * deviation  # Eq. 18
+        return Loss(task + homeostatic, task, homeostatic)  # Eq. 19
+
+    @torch.no_grad()
+    def signals(self, ids, salience=None):
+        """ids (B, T) -> (B, T, n_layer, 3) float32: gain, precision, gate. All ones without a controller."""
+        if not self.controller:
+            return torch.ones(*ids.shape, self.config.n_layer, 3, device=ids.device)
+        return self.controller(self.embeddings(ids), salience or self.config.salience)[0]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Generation
+
+    def window_start(self, n):
+        """
+        First of n tokens that the context still holds. When the window is full its last half is kept, at positions
+        from 0 on, and it fills again; so the start moves once per half window, not once per token.
+        """
+        stride = self.config.block_size - self.config.block_size // 2
+        return max(0, -(-(n - self.config.block_size) // stride)) * stride
+
+    def stream(self, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=None, salience=None, edit=None,
+               end_token=None):
+        """
+        Yields the next token of each row, (B,) int64, up to max_new_tokens times; prompt ids (B, T) int64, T >= 1.
+
+        temperature 0 is greedy; top_k 0 keeps every token. Row r of seed s draws the same numbers whatever the batch.
+        A row that has drawn end_token goes on yielding it; when all have, the stream ends. A model trained with
+        `global` salience generates with `causal`: the prefix is all there is. Raises ValueError for bad arguments.
+        """
+        if ids.dim() != 2 or ids.size(1) == 0:
+            _refuse("the prompt has no tokens")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            _refuse(f"the prompt has a token id outside the vocabulary of {self.config.vocab_size}")
+        if not (0 <= temperature < math.inf):
+            _refuse(f"temperature is {temperature}, it must be 0 (greedy) or more")
+        if not 0 < top_p <= 1:
+            _refuse(f"top_p is {top_p}, it must be in (0, 1]")
+        if top_k < 0 or max_new_tokens < 0:
+            _refuse(f"top_k ({top_k}) and max_new_tokens ({max_new_tokens}) must be 0 or more")
+        salience = salience or ("causal" if self.config.salience == "global" else self.config.salience)
+        if salience not in ("causal", "reactive"):
+            _refuse(f"cannot generate with salience '{salience}': choose causal or reactive")
+        return self._stream(ids, max_new_tokens, temperature, top_k, top_p, seed, salience, edit, end_token)
+
+    @torch.inference_mode()
+    def _stream(self, ids, max_new_tokens, temperature, top_k, top_p, seed, salience, edit, end_token):
+        B, prompt = ids.shape
+        seed = torch.seed() % 2**31 if seed is None else seed
+        chance = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed + row))
+                              for row in range(B)], dim=1).to(ids.device)  # (max_new_tokens, B)
+        text = torch.cat([ids, ids.new_empty(B, max_new_tokens)], dim=1)
+        ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
+        cache, start, was_training = Cache(self, B), -1, self.training
+        for n in range(prompt, prompt + max_new_tokens):  # n tokens are known
+            fresh = slice(n - 1, n)
+            if self.window_start(n) != start:  # the prompt, or the kept half of a full window, in one pass
+                start = self.window_start(n)
+                fresh = slice(start, n)
+                cache.advance(-cache.length)
+            self.eval()
+            x, _ = self.hidden(text[:, fresh], salience, edit, cache)
+            self.train(was_training)
+            token = sample(F.linear(x[:, -1], self.embed.weight), chance[n - prompt], temperature, top_k, top_p)
+            if end_token is not None:
+                token = torch.where(ended, end_token, token)
+                ended |= token == end_token
+            text[:, n] = token
+            yield token
+            if end_token is not None and ended.all():
+                return
+
+    def generate(self, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=None, **how):
+        """ids (B, T) -> (B, T + n), n <= max_new_tokens: the prompt and what `stream` makes of it; same arguments."""
+        new = list(self.stream(ids, max_new_tokens, temperature, top_k, top_p, seed, **how))
+        return torch.cat([ids, *(t[:, None] for t in new)], dim=1)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Files
+
+    def save(self, path, **more):
+        """Writes config, weights and whatever `more` holds; under a temporary name first, so never half a file."""
+        save_file({"config": asdict(self.config), "model": self.state_dict(), **more}, path)
+
+    @classmethod
+    def load(cls, path):
+        """The model of a checkpoint written by save or by the paper's authors, on the CPU. Raises OSError, ValueError."""
+        return cls.from_checkpoint(load_file(path), path)
+
+    @classmethod
+    def from_checkpoint(cls, ckpt, path="checkpoint"):
+        """As load, from the dict that load_file returns; path only serves the error message."""
+        try:
+            if "embed.weight" in ckpt.get("model", {}):
+                model = cls(NCNConfig(**ckpt["config"]))
+                model.load_state_dict(ckpt["model"])
+                return model.eval()
+            state, config = ckpt.get("model_state_dict", ckpt), ckpt.get("config")
+            config = config if isinstance(config, dict) else {}
+            return cls.from_reference(state, n_head=config.get("nhead", 8), ncn_heads=config.get("ncn_heads", 2))
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{path} holds no NCN model ({str(error).splitlines()[0]})") from None
+
+    @classmethod
+    def from_reference(cls, state_dict, n_head=8, ncn_heads=2, salience="global"):
+        """A checkpoint of the paper authors' own code (names in SPEC: `transformer_layers.0.self_attn.q_proj...`)."""
+        s = {name.removeprefix("module."): t for name, t in state_dict.items()}
+        layers = 1 + max(int(name.split(".")[1]) for name in s if name.startswith("transformer_layers."))
+        vocab_size, d = s["token_embeddings.weight"].shape
+        model = cls(NCNConfig(vocab_size, s["position_embeddings.weight"].size(0), layers, n_head, d,
+                              ncn_hidden=s["ncn.layer1.weight"].size(0), ncn_heads=ncn_heads, salience=salience))
+        ours = {"embed.weight": s["token_embeddings.weight"], "position.weight": s["position_embeddings.weight"],
+                "norm.weight": s["final_norm.weight"], "controller.query": s["ncn.control_query"].view(1, d),
+                "controller.norm.weight": s["ncn.ncn_norm.weight"]}
+        for kind in ("weight", "bias"):
+            ours[f"controller.in_proj.{kind}"] = s[f"ncn.pooling_attn.in_proj_{kind}"]
+            ours[f"controller.out_proj.{kind}"] = s[f"ncn.pooling_attn.out_proj.{kind}"]
+            ours[f"controller.layer1.{kind}"] = s[f"ncn.layer1.{kind}"]
+            ours[f"controller.layer2.{kind}"] = s[f"ncn.layer2.{kind}"]
+        for i in range(layers):
+            theirs, block = f"transformer_layers.{i}.", f"blocks.{i}."
+            ours[block + "qkv.weight"] = torch.cat([s[f"{theirs}self_attn.{x}_proj.weight"] for x in "qkv"])
+            ours[block + "attn_out.weight"] = s[theirs + "self_attn.out_proj.weight"]
+            for ffn, linear in (("ffn_in", "linear1"), ("ffn_out", "linear2")):
+                for kind in ("weight", "bias"):
+                    ours[f"{block}{ffn}.{kind}"] = s[f"{theirs}feed_forward.{linear}.{kind}"]
+            ours[block + "attn_norm.weight"] = s[theirs + "norm1.weight"]
+            ours[block + "ffn_norm.weight"] = s[theirs + "norm2.weight"]
+        model.load_state_dict(ours)
+        return model.eval()
+
+
+def sample(logits, chance, temperature, top_k, top_p):
+    """
+    One token per row: logits (B, V), chance (B,) uniform in [0, 1) -> (B,) int64.
+
+    The distribution is sharpened by the temperature, cut to the top_k likeliest tokens, then to the fewest of them
+    that hold top_p of the probability; chance then picks by the inverse of the cumulative distribution.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    likely, token = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), falling
+    p = ((likely - likely[:, :1]) / temperature).softmax(-1)
+    kept = p.cumsum(-1) - p < top_p  # the token that reaches top_p still counts, so one always does
+    upto = (p * kept).cumsum(-1)
+    choice = (upto <= chance[:, None] * upto[:, -1:]).sum(-1, keepdim=True)
+    choice = torch.minimum(choice, kept.sum(-1, keepdim=True) - 1)  # chance * total may round up to total
+    return token.gather(-1, choice).squeeze(-1)
+
+
+def save_file(content, path):
+    """torch.save under a temporary name, then renamed: a crash or a full disk leaves the earlier file as it was."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def load_file(path):
+    """The dict in a checkpoint, on the CPU; runs no code from it (weights_only). Raises OSError or ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint {path}: train one first, or name one that is there")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {type(error).__name__}, the file is "
+                         "damaged, cut short, or holds more than tensors and plain values") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no NCN model")
+    return content
