@@ -57,26 +57,23 @@ class NCNConfig:
     salience: str = "causal"  # what the salience pooling sees: causal (0..t), global (everything), reactive (t alone)
 
     def __post_init__(self):
-        self.signals = tuple(name for name in SIGNALS if name in self.signals) if set(self.signals) <= set(SIGNALS) \
-            else _refuse(f"unknown signal in {','.join(self.signals)}: choose from {', '.join(SIGNALS)}, or none")
+        if unknown := set(self.signals) - set(SIGNALS):
+            raise ValueError(f"unknown signal '{min(unknown)}': choose from {', '.join(SIGNALS)}, or none of them")
+        self.signals = tuple(name for name in SIGNALS if name in self.signals)
         if self.salience not in SALIENCE:
-            _refuse(f"unknown salience mode '{self.salience}': choose from {', '.join(SALIENCE)}")
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "ncn_hidden", "ncn_heads"):
+            raise ValueError(f"unknown salience mode '{self.salience}': choose from {', '.join(SALIENCE)}")
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "ncn_hidden", "ncn_heads"):
             if getattr(self, name) < 1:
-                _refuse(f"{name} is {getattr(self, name)}, it must be at least 1")
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
         for name in ("n_head", "ncn_heads"):
             if self.n_embd % getattr(self, name):
-                _refuse(f"n_embd {self.n_embd} is not divisible by {name} {getattr(self, name)}")
-        if self.block_size < 2:
-            _refuse("block_size must be at least 2: generation keeps half of it when the window is full")
+                raise ValueError(f"n_embd {self.n_embd} is not divisible by {name} {getattr(self, name)}")
+        if self.block_size < 2:  # generation keeps half of a full window
+            raise ValueError(f"block_size is {self.block_size}, it must be at least 2")
         if not 0 <= self.dropout < 1:
-            _refuse(f"dropout is {self.dropout}, it must be in [0, 1)")
+            raise ValueError(f"dropout is {self.dropout}, it must be in [0, 1)")
         if not 0 <= self.homeostatic_lambda < math.inf:
-            _refuse(f"homeostatic_lambda is {self.homeostatic_lambda}, it must be 0 or more")
-
-
-def _refuse(message):
-    raise ValueError(message)
+            raise ValueError(f"homeostatic_lambda is {self.homeostatic_lambda}, it must be 0 or more")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -300,7 +297,7 @@ class ModulatedLM(nn.Module):
         """ids (B, T) at positions start.. -> (B, T, d): what the blocks get, and what the controller reads."""
         T = ids.size(1)
         if start + T > self.config.block_size:
-            _refuse(f"{start + T} tokens do not fit into block_size {self.config.block_size}")
+            raise ValueError(f"{start + T} tokens do not fit into block_size {self.config.block_size}")
         x = self.embed(ids) + self.position.weight[start : start + T]
         return F.dropout(x, self.config.dropout, self.training)
 
@@ -361,18 +358,18 @@ class ModulatedLM(nn.Module):
         `global` salience generates with `causal`: the prefix is all there is. Raises ValueError for bad arguments.
         """
         if ids.dim() != 2 or ids.size(1) == 0:
-            _refuse("the prompt has no tokens")
+            raise ValueError("the prompt has no tokens")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            _refuse(f"the prompt has a token id outside the vocabulary of {self.config.vocab_size}")
+            raise ValueError(f"the prompt has a token id outside the vocabulary of {self.config.vocab_size}")
         if not (0 <= temperature < math.inf):
-            _refuse(f"temperature is {temperature}, it must be 0 (greedy) or more")
+            raise ValueError(f"temperature is {temperature}, it must be 0 (greedy) or more")
         if not 0 < top_p <= 1:
-            _refuse(f"top_p is {top_p}, it must be in (0, 1]")
+            raise ValueError(f"top_p is {top_p}, it must be in (0, 1]")
         if top_k < 0 or max_new_tokens < 0:
-            _refuse(f"top_k ({top_k}) and max_new_tokens ({max_new_tokens}) must be 0 or more")
+            raise ValueError(f"top_k ({top_k}) and max_new_tokens ({max_new_tokens}) must be 0 or more")
         salience = salience or ("causal" if self.config.salience == "global" else self.config.salience)
         if salience not in ("causal", "reactive"):
-            _refuse(f"cannot generate with salience '{salience}': choose causal or reactive")
+            raise ValueError(f"cannot generate with salience '{salience}': choose causal or reactive")
         return self._stream(ids, max_new_tokens, temperature, top_k, top_p, seed, salience, edit, end_token)
 
     @torch.inference_mode()
@@ -430,8 +427,8 @@ class ModulatedLM(nn.Module):
             state, config = ckpt.get("model_state_dict", ckpt), ckpt.get("config")
             config = config if isinstance(config, dict) else {}
             return cls.from_reference(state, n_head=config.get("nhead", 8), ncn_heads=config.get("ncn_heads", 2))
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{path} holds no NCN model ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # a dict of anything at all can come out of a file
+            raise ValueError(f"{path} holds no NCN model: {type(error).__name__}, {error}".splitlines()[0]) from None
 
     @classmethod
     def from_reference(cls, state_dict, n_head=8, ncn_heads=2, salience="global"):

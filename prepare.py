@@ -1,7 +1,7 @@
 """Turns stories into tokens: writes train.bin and val.bin (uint16, little-endian) and meta.json.
 
-    python prepare.py              # training_data/*.txt if there are any, else TinyStories, else the demo stories
-    python prepare.py demo         # stories from the grammar below: no download, and their exact entropy is known
+    python prepare.py              # training_data/*.txt if there are any, else TinyStories, else demo
+    python prepare.py demo         # stories from the grammar below: no download, exact entropy known
     python prepare.py books more.txt --tokenizer bytes --max_mb 100
 
 The text streams through in blocks of a few MB: a corpus of any size needs the same few hundred MB of memory.
@@ -44,18 +44,18 @@ def get_tokenizer(name):
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError):   # no network, or a damaged download
-        raise ConnectionError("the GPT-2 vocabulary is not cached and cannot be downloaded: go online once, or use "
+        raise ConnectionError("the GPT-2 vocabulary is neither cached nor reachable: go online once, or use "
                               "--tokenizer bytes") from None
 
 
 # ---- The demo stories ----------------------------------------------------------------------------------------
-# A grammar: a slot has options, separated by "|" and all equally likely, or a pair (earlier slot, table): the table
-# says which options go with what the earlier slot drew. "{slot}" draws an option where a story first gets there and
-# repeats the same words from then on, so that hero, thing and place stay the same to the last line.
+# A grammar: a slot has options, separated by "|" and all equally likely, or a pair (earlier slot, table): the
+# table says which options go with what the earlier slot drew. "{slot}" draws an option where a story first gets
+# there and repeats the same words from then on, so hero, thing and place stay the same to the last line.
 #
-# No text can be told in two ways: slots are drawn in reading order, a draw's words stand where it is drawn, and no
-# option is the beginning of another one of its list. So reading from left to right settles every draw, and the
-# entropy of the stories is the entropy of the draws.
+# No text can be told in two ways: slots are drawn in reading order, a draw's words stand where it is drawn, and
+# no option is the beginning of another one of its list. So reading from left to right settles every draw, and
+# the entropy of the stories is the entropy of the draws.
 SHE, HE = "girl|cat|bunny|mouse", "boy|dog|fox|hedgehog"
 PLACES = "beach|forest|farm|park|garden|castle"
 HIGH, WATER, BEAST, DARK, HOLE = "at the top of a", "across a", "right behind a", "inside a", "down in a"
@@ -70,8 +70,9 @@ def by_place(*options):
 
 
 GRAMMAR = {
-    "story": "{start} {trait} {kind} named {name}. {has}\n{day}, {name} and {her} friend {pal} the {animal} {went} "
-             "to the {place}. {wish} {seen}, but it was {trouble} {spot}. {worry}\n{idea} {She} {fix}\n{home} {end}",
+    "story": "{start} {trait} {kind} named {name}. {has}\n"
+             "{day}, {name} and {her} friend {pal} the {animal} {went} to the {place}. {wish} {seen}, "
+             "but it was {trouble} {spot}. {worry}\n{idea} {She} {fix}\n{home} {end}",
     "start": "Once upon a time, there was a|Once upon a time, there lived a|Long ago, there was a|"
              "Once upon a time, in a small town, there was a|There once was a",
     "trait": "brave|kind|smart|sweet|nice|clever",
@@ -102,7 +103,8 @@ GRAMMAR = {
     "spot": ("trouble", {
         HIGH: by_place("tall rock", "tall tree", "tall barn", "tall gate", "high wall", "high tower"),
         WATER: by_place("deep pool", "cold stream", "muddy pond", "wide lake", "round pond", "deep river"),
-        BEAST: by_place("grumpy crab", "grumpy wolf", "grumpy bull", "grumpy swan", "grumpy goose", "grumpy dragon"),
+        BEAST: by_place("grumpy crab", "grumpy wolf", "grumpy bull", "grumpy swan", "grumpy goose",
+                        "grumpy dragon"),
         DARK: by_place("dark cave", "dark cabin", "dark barn", "dark tunnel", "dark shed", "dark room"),
         HOLE: by_place("sandy hole", "deep hole", "muddy hole", "big hole", "deep pit", "dry well")}),
     "worry": '"Oh no!" said {pal}. "{alas}"|"{alas}" said {pal}.|{pal} stopped. "{alas}"',
@@ -116,7 +118,8 @@ GRAMMAR = {
         HIGH: ("thing", {
             "rope": "threw the {color} rope over the {spot}, climbed up and took the {goal}.",
             "kite": "flew the {color} kite over the {spot}, and its string pulled the {goal} down.",
-            "umbrella": "opened the {color} umbrella. The wind lifted {him} onto the {spot}, and {she} took the {goal}.",
+            "umbrella": "opened the {color} umbrella. The wind lifted {him} onto the {spot}, and {she} took "
+                        "the {goal}.",
             "ball": "threw the {color} ball at the {spot}. Bump! The {goal} fell down, and {pal} caught it."}),
         WATER: ("thing", {
             "rope": "tied the {color} rope to a tree, swung over the {spot} and took the {goal}.",
@@ -136,9 +139,9 @@ GRAMMAR = {
             "rope": "let the {color} rope down into the {spot}, climbed down and took the {goal}.",
             "shovel": "dug steps into the {spot} with the {color} shovel, walked down and took the {goal}.",
             "blanket": "hung the {color} blanket into the {spot}, climbed down and took the {goal}.",
-            "lamp": "held the {color} lamp over the {spot} and saw steps. {She} went down and took the {goal}."})}),
-    "home": "Back home, {name} gave the {goal} to {her} {kin}.|At home, {her} {kin} was so happy with the {goal}.|"
-            "They ran home and gave the {goal} to {name}'s {kin}.",
+            "lamp": "held the {color} lamp over the {spot}, saw steps, went down and took the {goal}."})}),
+    "home": "Back home, {name} gave the {goal} to {her} {kin}.|At home, {her} {kin} was so happy with the "
+            "{goal}.|They ran home and gave the {goal} to {name}'s {kin}.",
     "end": '"What a {trait} {kind}!" said {her} {kin}.|{name} hugged {pal} and the {color} {thing}.|'
            "Now {name} loved the {color} {thing} even more.|{name} and {pal} were very happy.",
 }
@@ -178,8 +181,8 @@ def tell(rng):
 def entropy(todo=("story",), drawn=frozenset()):
     """The exact entropy (nats) of a story, or of its rest: the chain rule, over every option of every slot.
 
-    `todo`: the slots to come, in reading order. `drawn`: pairs (slot, option), with None for options that nothing
-    looks up, so that stories which go on alike share one cached sum.
+    `todo`: the slots to come, in reading order. `drawn`: pairs (slot, option), with None for options that no
+    slot looks up, so that stories which go on alike share one cached sum.
     """
     if not todo:
         return 0.0
@@ -187,7 +190,7 @@ def entropy(todo=("story",), drawn=frozenset()):
     if slot in known:
         return entropy(rest, drawn)
     choices = options(slot, known)
-    return math.log(len(choices)) + sum(
+    return math.log(len(choices)) + math.fsum(
         entropy((*SLOT.findall(choice), *rest), drawn | {(slot, choice if slot in LOOKED_UP else None)})
         for choice in choices) / len(choices)
 
@@ -207,9 +210,9 @@ def file_blocks(path):
 
 
 def read_stories(blocks, source, room):
-    """Yields pairs (list of stories, bytes used) from blocks of bytes, up to the last whole story within `room` bytes.
+    """Yields (list of stories, bytes used) from blocks of bytes, to the last whole story within `room` bytes.
 
-    Enters size and sha256 of what was used in the dict `source`. Raises ValueError if its text is not UTF-8.
+    Enters the size and sha256 of what it used in the dict `source`. Raises ValueError if it is not UTF-8.
     """
     rest, digest, done, source["bytes"] = b"", hashlib.sha256(), False, 0
     while not done:
@@ -221,12 +224,12 @@ def read_stories(blocks, source, room):
         used, mark, rest = text[:int(room) - start if full else None].rpartition(END.encode())
         used = text if done and not full else used + mark
         if not done and len(rest) > LONGEST:
-            raise ValueError(f"{source['name']}: one story has more than {LONGEST >> 20} MB; separate them by {END}")
+            raise ValueError(f"{source['name']}: a story of over {LONGEST >> 20} MB; separate stories by {END}")
         try:
             stories = used.decode().replace("\r\n", "\n").split(END)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{source['name']}: not UTF-8 text at byte {start + error.start}; "
-                             "save it as UTF-8") from None
+            where = start + error.start
+            raise ValueError(f"{source['name']}: not UTF-8 at byte {where}; save it as UTF-8") from None
         if start == 0:
             stories[0] = stories[0].removeprefix("\ufeff")      # the mark that some editors put first
         digest.update(used)
@@ -236,15 +239,14 @@ def read_stories(blocks, source, room):
 
 
 def find_files(inputs):
-    """The text files in `inputs`, folders replaced by every *.txt below them in an order that is the same anywhere."""
+    """`inputs`, with each folder replaced by every *.txt below it, in an order that is the same everywhere."""
     files = []
     for path in inputs:
-        below = [path]
-        if path != "demo" and os.path.isdir(path):
-            below = sorted(Path(path).rglob("*.txt"), key=lambda file: file.as_posix())
-        if not below or path != "demo" and not os.path.exists(path):
-            raise ValueError(f"no text in {path}: give .txt files, folders that hold some, tinystories or demo")
-        files += below
+        below = sorted(Path(path).rglob("*.txt"), key=Path.as_posix)
+        found = [path] if path == "demo" or os.path.isfile(path) else below
+        if not found:
+            raise ValueError(f"no text in {path}: give text files, folders of .txt files, tinystories or demo")
+        files += found
     return files
 
 
@@ -274,7 +276,7 @@ def download(url, path):
         except (TimeoutError, ConnectionError, http.client.HTTPException):
             pass                                                # the size tells
     if (size := part.stat().st_size) != total:
-        raise OSError(f"the download stopped at {size:,} of {total:,} bytes; run the same command again to go on")
+        raise OSError(f"the download stopped at {size:,} of {total:,} bytes; run this again to go on")
     os.replace(part, path)
 
 
@@ -292,9 +294,10 @@ def encode(tokenizer, stories, pool):
 
 
 def write(out, tokenizer, inputs, val_fraction, seed, max_mb):
-    """Writes train.bin, val.bin and meta.json from `inputs`, files or "demo", into `out`. Returns the meta data.
+    """Writes train.bin, val.bin and meta.json from `inputs` (files or "demo") into `out`. Returns the metadata.
 
-    They are renamed into place when all is done, so that an error (ValueError, OSError) leaves `out` as it was.
+    `val_fraction`: share of the stories; `max_mb`: 10^6 bytes of text, or None. The files are renamed into place
+    when all is done: an error (ValueError, OSError) leaves `out` as it was.
     """
     sources, counts = [], {f"{side}_{what}": 0 for side in ("train", "val") for what in ("stories", "tokens")}
     sizes = [1e6 * (max_mb or DEMO_MB) if path == "demo" else os.path.getsize(path) for path in inputs]
@@ -307,14 +310,17 @@ def write(out, tokenizer, inputs, val_fraction, seed, max_mb):
         with (open(train, "wb") as train, open(val, "wb") as val, ThreadPoolExecutor(os.cpu_count()) as pool,
               tqdm(total=room, unit="B", unit_scale=True, disable=None) as bar):
             for path, size in zip(inputs, sizes):
+                if not room:
+                    break
                 sources.append({"name": str(path)})
                 blocks = demo_blocks(seed) if path == "demo" else file_blocks(path)
                 for stories, used in read_stories(blocks, sources[-1], min(room, size)):
                     sides = {"train": [], "val": []}
                     for story in stories:
-                        # One draw per story, so the split depends on nothing but the seed and the story's number.
-                        # The first two go one to each side: neither is ever empty.
-                        number, drawn = counts["train_stories"] + counts["val_stories"], rng.random() < val_fraction
+                        # One draw per story: the split depends on the seed and the story's number, on nothing
+                        # else. The first two stories go one to each side, so that neither is ever empty.
+                        number = counts["train_stories"] + counts["val_stories"]
+                        drawn = rng.random() < val_fraction
                         side = "val" if (drawn if number > 1 else number) else "train"
                         sides[side].append(story)
                         counts[f"{side}_stories"] += 1
@@ -323,15 +329,16 @@ def write(out, tokenizer, inputs, val_fraction, seed, max_mb):
                         counts[f"{side}_tokens"] += len(tokens) // 2
                         file.write(tokens)
                     bar.update(used)
-                room -= sources[-1]["bytes"]
+                room = max(0, room - size)                      # a source cut short is the last one
         stories, tokens = (counts[f"train_{what}"] + counts[f"val_{what}"] for what in ("stories", "tokens"))
         if stories < 2:
-            raise ValueError(f"{' '.join(map(str, inputs))}: {stories} stories found, but one to train on and one to "
-                             f"validate on are needed; separate them by {END}" + " or raise --max_mb" * bool(max_mb))
+            raise ValueError(f"{' '.join(map(str, inputs))}: fewer than two stories, too few to train and test; "
+                             f"separate stories by {END}" + " or raise --max_mb" * bool(max_mb))
         meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, **counts, "sources": sources,
                 "val_fraction": val_fraction, "seed": seed}
         if inputs == ["demo"]:                                  # an END costs no nats, but counts as a token
-            meta |= {"entropy_nats_per_story": entropy(), "entropy_nats_per_token": entropy() * stories / tokens}
+            meta["entropy_nats_per_story"] = entropy()
+            meta["entropy_nats_per_token"] = entropy() * stories / tokens
         meta_file.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         for final, path in temporary.items():                   # meta.json last: it vouches for the other two
             os.replace(path, final)
@@ -353,24 +360,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(fail(message))
     parser.add_argument("inputs", nargs="*", metavar="INPUT",
-                        help=f"UTF-8 text files (stories separated by {END}), folders (every *.txt below), tinystories "
-                             "(downloads the 2.2 GB of TinyStoriesV2-GPT4 into the output folder) or demo (stories from "
-                             "a built-in grammar); default: training_data if it holds any .txt, else tinystories, or "
-                             "demo where there is no network")
+                        help=f"UTF-8 text files (stories separated by {END}), folders (every *.txt below), "
+                             "tinystories (downloads TinyStoriesV2-GPT4, 2.2 GB, into the output folder) or "
+                             "demo (stories from a built-in grammar); default: training_data if it holds any "
+                             ".txt, else tinystories, and demo where there is no network")
     parser.add_argument("--out", type=Path, default=Path("data"), help="output folder (default: %(default)s)")
     parser.add_argument("--tokenizer", help="gpt2 or bytes (default: gpt2, but bytes for demo)")
     parser.add_argument("--val_fraction", type=float, default=0.05,
                         help="share of the stories for validation, between 0 and 1 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of the split and of demo (default: %(default)s)")
-    parser.add_argument("--max_mb", type=float, help="MB (10^6 bytes) of text to use, up to the last whole story in "
-                                                     f"them (default: all of it; for demo {DEMO_MB})")
+    parser.add_argument("--max_mb", type=float, help="MB (10^6 bytes) of text to use, to the last whole story "
+                                                     f"(default: all; for demo {DEMO_MB})")
     args = parser.parse_args()
     try:
         if not 0 < args.val_fraction < 1:
             raise ValueError(f"--val_fraction is {args.val_fraction}, but must lie between 0 and 1")
         if args.max_mb is not None and not 0 < args.max_mb < math.inf:
             raise ValueError(f"--max_mb is {args.max_mb}, but must be above 0")
-        inputs = args.inputs or ["training_data" if any(Path("training_data").rglob("*.txt")) else "tinystories"]
+        asked = args.inputs or ["training_data"] * any(Path("training_data").rglob("*.txt"))
+        inputs = asked or ["tinystories"]
         try:
             # The vocabulary comes first: where it is missing, nobody should wait for 2.2 GB to find that out.
             tokenizer = get_tokenizer(args.tokenizer or ("bytes" if inputs == ["demo"] else "gpt2"))
@@ -381,10 +389,9 @@ def main():
                 if not corpus.exists():
                     download(TINYSTORIES, corpus)
         except ConnectionError as error:
-            if args.inputs or inputs == ["training_data"]:
+            if asked:
                 raise
-            fail(f"NO NETWORK: {error}")
-            fail("USING THE BUILT-IN DEMO STORIES, NOT TINYSTORIES.")
+            fail(f"NO NETWORK, SO THESE ARE THE BUILT-IN DEMO STORIES, NOT TINYSTORIES: {error}")
             inputs, tokenizer = ["demo"], get_tokenizer(args.tokenizer or "bytes")
         meta = write(args.out, tokenizer, find_files(inputs), args.val_fraction, args.seed, args.max_mb)
     except (ValueError, OSError) as error:
@@ -396,7 +403,7 @@ def main():
           f"{meta['val_stories']:,} ({meta['val_tokens']:,}) to validate on; tokenizer {meta['tokenizer']}, "
           f"{meta['vocab_size']:,} symbols")
     if "entropy_nats_per_token" in meta:
-        print(f"No model can do better on these stories than {meta['entropy_nats_per_token']:.4f} nats per token.")
+        print(f"The best possible loss on these stories is {meta['entropy_nats_per_token']:.4f} nats per token.")
     return 0
 
 

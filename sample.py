@@ -17,16 +17,17 @@ from prepare import fail, get_tokenizer
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(fail(message))
     parser.add_argument("--prompt", required=True, help="the text to go on with")
-    parser.add_argument("--ckpt", default="out/ckpt_best.pt", help="a checkpoint of train.py's or of the paper's authors")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens to write at most, per sample")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token; higher: more varied")
-    parser.add_argument("--top_k", type=int, default=50, help="draw among this many likeliest tokens; 0: all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest tokens that hold this probability")
-    parser.add_argument("--num_samples", type=int, default=1, help="texts to write, side by side")
+    parser.add_argument("--ckpt", default="out/ckpt_best.pt", help="a checkpoint of train.py's or of the paper's authors (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens to write at most, per sample (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, 
+                        help="0: always the likeliest token; higher: more varied (default: %(default)s)")
+    parser.add_argument("--top_k", type=int, default=50, help="draw among this many likeliest tokens; 0: all (default: %(default)s)")
+    parser.add_argument("--top_p", type=float, default=1.0, 
+                        help="draw among the likeliest tokens that hold this probability (default: %(default)s)")
+    parser.add_argument("--num_samples", type=int, default=1, help="texts to write, side by side (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="same seed, same text; by default another text each time")
     parser.add_argument("--salience", choices=("causal", "reactive"),
                         help="what the controller sees: the text so far, or one token (the paper's cached inference); by "
@@ -72,6 +73,7 @@ def write(stream, rows):
 
 def main():
     args = arguments()
+    sys.stdout.reconfigure(errors="replace")  # a Windows code page may lack a character of the story
     try:
         if args.num_samples < 1:
             raise ValueError(f"--num_samples is {args.num_samples}, it must be at least 1")

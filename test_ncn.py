@@ -1,21 +1,32 @@
 """The whole test suite: pytest -q. Needs no network, no GPU, and nothing outside this folder."""
 
+import collections
+import functools
+import hashlib
+import http.server
 import json
 import math
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 
+import analyze
 import ncn
+import prepare
 import sample as sampling
 import train as training
 from ncn import SIGNALS, ModulatedLM, NCNConfig, salience_pool, salience_step
@@ -273,14 +284,15 @@ def test_mixed_precision_is_close(dtype, salience):
 @pytest.mark.parametrize("trained_as", ["causal", "global"])
 def test_cached_generation_is_the_full_pass(salience, trained_as):
     """Token for token, over several refills of the window, from short prompts and from one longer than the window."""
-    model = lively(salience=trained_as)
+    model, seen = lively(salience=trained_as), set()
     for prompt in (tokens(3, 1), tokens(2, 5), tokens(1, 16), tokens(1, 40)):
         text = prompt
         for _ in range(60):
             logits = model(text[:, model.window_start(text.size(1)):], salience=salience)[:, -1]
             text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
         assert torch.equal(model.generate(prompt, 60, temperature=0, salience=salience), text)
-        assert len(text[0, -30:].unique()) > 3  # not stuck on one token, where any cache would look right
+        seen |= set(text[:, prompt.size(1):].flatten().tolist())
+    assert len(seen) > 8  # not stuck on one token, where any cache would look right
 
 
 def test_window_keeps_its_last_half():
@@ -355,3 +367,1249 @@ def test_doses_move_the_signals_they_name():
     silent = model(ids, edit=lambda s: s * torch.tensor([0.0, 1.0, 1.0]))
     x = model.norm(model.embeddings(ids))
     torch.testing.assert_close(silent, x @ model.embed.weight.T)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+SMALL = ["--block_size", "32", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--ncn_hidden", "8", "--batch_size", "2",
+         "--dropout", "0.1", "--eval_interval", "4", "--log_interval", "2", "--val_sequences", "8", "--warmup_steps", "3",
+         "--dtype", "fp32", "--lr", "1e-2"]
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \[INFO\] Step: (\d+) \| Ep: \d+ \[\d+/\d+ \(\d+\.\d%\)\] \| "
+                      r"Loss: (\d+\.\d{4}) \| Reg: (\d\.\d{4}) \| PPL: (\d+\.\d\d) \| LR: \d\.\d\de[-+]\d\d \| Scale: \d+\.0 \| "
+                      r"Tok/s: \d+")
+VAL_LINE = re.compile(r"\[INFO\] Validation Result: Loss: (\d+\.\d{4}) \| Perplexity: (\d+\.\d{4})")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Tokens of a few demo stories, as prepare.py leaves them."""
+    folder = tmp_path_factory.mktemp("data")
+    subprocess.run([sys.executable, HERE / "prepare.py", "demo", "--max_mb", "0.1", "--out", folder], check=True)
+    return str(folder)
+
+
+def command(script, *args):
+    return [sys.executable, str(HERE / script), *map(str, args)]
+
+
+def run(script, *args, cwd=None, **more):
+    return subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=300, **more)
+
+
+def train_run(data, out, *args, **more):
+    done = run("train.py", "--data", data, "--out", out, *SMALL, *args, **more)
+    assert done.returncode == 0, done.stderr
+    return torch.load(Path(out) / "ckpt_latest.pt", weights_only=True)
+
+
+def refusal(module, capsys, monkeypatch, *args):
+    """Calls a script's main with arguments that it must refuse: status 2 and one line on standard error, returned."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+    try:
+        status = module.main()
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == 2 and err.startswith(f"{module.__name__}.py: ") and err.count("\n") == 1, (status, out, err)
+    assert "Traceback" not in err
+    return err
+
+
+def same_weights(a, b):
+    return all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and a["model"].keys() == b["model"].keys()
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    """An uninterrupted run of 12 steps: its folder and its last checkpoint."""
+    out = tmp_path_factory.mktemp("run")
+    return out, train_run(data, out, "--max_steps", 12)
+
+
+def test_training_writes_the_papers_log(trained, data):
+    out, ckpt = trained
+    log = (out / "training.log").read_text()
+    steps, vals = LOG_LINE.findall(log), VAL_LINE.findall(log)
+    assert [int(s[0]) for s in steps] == [1, 2, 4, 6, 8, 10, 12] and len(vals) == 3
+    assert float(steps[0][2]) < 1e-4 and float(steps[0][1]) == pytest.approx(math.log(257), abs=0.3)
+    for _, loss, _, ppl in steps:
+        assert float(ppl) == pytest.approx(math.exp(float(loss)), rel=1e-3)
+    assert float(vals[-1][0]) < float(vals[0][0]) < float(steps[0][1])
+    assert log.rstrip().endswith("[INFO] Training Complete.") and "above the stories' entropy" in log
+    best = torch.load(out / "ckpt_best.pt", weights_only=True)
+    assert best["best"] == ckpt["best"] == pytest.approx(min(float(v[0]) for v in vals), abs=1e-4)
+    # What the log says is what the checkpoint does: the validation loss, computed here from the files alone.
+    model = ModulatedLM.load(out / "ckpt_latest.pt")
+    val = np.fromfile(Path(data) / "val.bin", dtype="<u2").astype(np.int64)
+    chosen = np.random.default_rng(0).permutation((len(val) - 1) // 32)[:8]
+    rows = torch.from_numpy(np.stack([val[i * 32 : i * 32 + 33] for i in chosen]))
+    assert model(rows[:, :-1], rows[:, 1:]).task.item() == pytest.approx(float(vals[-1][0]), abs=1e-4)
+
+
+def test_every_window_is_read_once_per_epoch():
+    tokens = np.arange(1000, dtype="<u2")
+    order = training.shuffled(42, 0, 99)
+    assert sorted(order) == list(range(99)) and list(order) != list(training.shuffled(42, 1, 99))
+    x, y = training.windows(tokens, order, 10, torch.device("cpu"))
+    assert torch.equal(x + 1, y) and x.dtype == torch.int64 and sorted(x.flatten().tolist()) == list(range(990))
+
+
+def test_learning_rate():
+    s = dict(lr=6e-4, warmup_steps=100, max_steps=15880)
+    assert training.learning_rate(20, s) == pytest.approx(1.2e-4) and training.learning_rate(100, s) == 6e-4
+    assert training.learning_rate((15880 + 100) // 2, s) == pytest.approx(3e-4) and training.learning_rate(15880, s) == 0
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (getattr(signal, "SIGKILL", 9), -9)])
+def test_resume_equals_the_uninterrupted_run(trained, data, tmp_path, number, status):
+    if os.name == "nt":
+        pytest.skip("POSIX signals")
+    process = subprocess.Popen(command("train.py", "--data", data, "--out", tmp_path, *SMALL, "--max_steps", 12, "--log_interval", 1),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "Step: 5 " in line:  # after the checkpoint of step 4, before that of step 8
+            process.send_signal(number)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in err
+    stopped = torch.load(tmp_path / "ckpt_latest.pt", weights_only=True)
+    assert stopped["step"] == 4 if status == -9 else 5 <= stopped["step"] < 12
+    done = run("train.py", "--data", data, "--out", tmp_path, "--resume")
+    assert done.returncode == 0, done.stderr
+    resumed = torch.load(tmp_path / "ckpt_latest.pt", weights_only=True)
+    assert resumed["step"] == 12 and same_weights(resumed, trained[1])
+    for a, b in zip(resumed["optimizer"]["state"].values(), trained[1]["optimizer"]["state"].values()):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert "Moved" not in done.stdout and "Step: 1 " in (tmp_path / "training.log").read_text()
+
+
+def test_two_processes_equal_one(trained, data, tmp_path):
+    """The same micro-batches, the same dropout; only the order of float additions differs."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train.py"),
+                           "--data", data, "--out", str(tmp_path), *SMALL, "--max_steps", "12"],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two, one = torch.load(tmp_path / "ckpt_latest.pt", weights_only=True), trained[1]
+    for name in one["model"]:
+        torch.testing.assert_close(two["model"][name], one["model"][name], atol=2e-4, rtol=1e-3)
+    logs = [(folder / "training.log").read_text() for folder in (tmp_path, trained[0])]
+    assert logs[0].count("Step: ") == logs[1].count("Step: ")  # one process writes
+    losses = [[float(v[0]) for v in VAL_LINE.findall(log)] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+@pytest.mark.parametrize("flags", [["--signals", "none"], ["--signals", "gain,gate", "--salience", "reactive"],
+                                   ["--salience", "global", "--dtype", "bf16"]])
+def test_other_models_train_too(data, tmp_path, flags):
+    train_run(data, tmp_path, "--max_steps", 4, *flags)
+    log = (tmp_path / "training.log").read_text()
+    assert len(VAL_LINE.findall(log)) == 1
+    assert log.count("sees the future, no likelihood") == ("global" in flags) * 4  # three steps, one validation
+    model = ModulatedLM.load(tmp_path / "ckpt_best.pt")
+    assert (model.controller is None) == ("none" in flags)
+    assert model.generate(tokens(2, 3, vocab_size=257), 40, seed=1).shape == (2, 43)
+
+
+def test_reactive_salience_under_torchrun(data, tmp_path):
+    """Its query and key get no gradient, which DistributedDataParallel must be told."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train.py"),
+                           "--data", data, "--out", str(tmp_path), *SMALL, "--max_steps", "2", "--salience", "reactive"],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_earlier_run_is_set_aside(data, tmp_path):
+    first = train_run(data, tmp_path, "--max_steps", 2)
+    train_run(data, tmp_path, "--max_steps", 3, "--seed", 7)
+    assert same_weights(torch.load(tmp_path / "previous" / "ckpt_latest.pt", weights_only=True), first)
+    assert (tmp_path / "training.log").read_text().count("Training Complete.") == 1
+
+
+def test_resume_refuses(trained, data, tmp_path, capsys, monkeypatch):
+    refuse = lambda *args: refusal(training, capsys, monkeypatch, "--data", data, *args)
+    assert "--n_embd is 64, the checkpoint has 32" in refuse("--out", trained[0], "--resume", "--n_embd", 64)
+    assert "--signals is gain" in refuse("--out", trained[0], "--resume", "--signals", "gain")
+    assert "no checkpoint" in refuse("--out", tmp_path, "--resume")
+    ModulatedLM.load(trained[0] / "ckpt_latest.pt").save(tmp_path / "ckpt_latest.pt")
+    assert "not written by train.py" in refuse("--out", tmp_path, "--resume")
+    (tmp_path / "ckpt_latest.pt").write_bytes((trained[0] / "ckpt_latest.pt").read_bytes()[:5000])
+    assert "damaged" in refuse("--out", tmp_path, "--resume")
+    other = tmp_path / "other"
+    run("prepare.py", "demo", "--max_mb", "0.05", "--seed", "1", "--out", other)
+    assert "not the data" in refusal(training, capsys, monkeypatch, "--data", other, "--out", trained[0], "--resume")
+    assert same_weights(torch.load(trained[0] / "ckpt_latest.pt", weights_only=True), trained[1])
+
+
+def test_training_refuses(data, tmp_path, capsys, monkeypatch):
+    refuse = lambda *args: refusal(training, capsys, monkeypatch, "--out", tmp_path / "out", *args)
+    good = ["--data", data, *SMALL]
+    assert "run prepare.py" in refuse("--data", tmp_path)
+    assert "n_embd 32 is not divisible by n_head 3" in refuse(*good, "--n_head", 3)
+    assert "unrecognized arguments: --n_heads 3" in refuse(*good, "--n_heads", 3)
+    assert "unknown salience mode 'psychic'" in refuse(*good, "--salience", "psychic")
+    assert "unknown signal" in refuse(*good, "--signals", "gain,dopamine")
+    assert "invalid int value" in refuse(*good, "--n_head", "two")
+    assert "--lr" in refuse(*good, "--lr", "nan")
+    assert "--beta2" in refuse(*good, "--beta2", 1)
+    assert "fewer than --batch_size" in refuse(*good, "--batch_size", 10**6)
+    assert "fewer than one window" in refuse(*good, "--block_size", 10**7)
+    for name in ("train.bin", "val.bin", "meta.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in Path(data).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        (folder / name).write_bytes((folder / name).read_bytes()[:-3])
+        assert ("odd number of bytes" if name != "meta.json" else "damaged") in refuse("--data", folder, *SMALL)
+        if name != "meta.json":
+            np.array([5] * 50 + [257] + [5] * 50, dtype="<u2").tofile(folder / name)
+            assert "token id 257, beyond the vocabulary of 257" in refuse("--data", folder, *SMALL)
+            (folder / name).unlink()
+            assert f"no {folder / name}" in refuse("--data", folder, *SMALL)
+    assert not (tmp_path / "out").exists()  # nothing was begun
+
+
+def test_non_finite_loss_stops_the_run(data, tmp_path):
+    """The run is broken in its sixth step; the checkpoint of the fourth stays as it was."""
+    code = f"""import sys, torch, train
+step = torch.optim.AdamW.step
+def broken(self, *args, calls=[], **more):
+    calls.append(1)
+    if len(calls) == 6:
+        self.param_groups[0]["params"][0].grad.fill_(float("nan"))
+    return step(self, *args, **more)
+torch.optim.AdamW.step = broken
+sys.argv = ["train.py", "--data", {data!r}, "--out", {str(tmp_path)!r}, *{SMALL!r}, "--max_steps", "20"]
+sys.exit(train.main())"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "not finite at step" in done.stderr and "ckpt_latest.pt" in done.stderr
+    assert done.stderr.count("\n") == 1
+    kept = torch.load(tmp_path / "ckpt_latest.pt", weights_only=True)
+    assert kept["step"] == 4 and all(torch.isfinite(v).all() for v in kept["model"].values())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(trained, data, tmp_path):
+    resource = pytest.importorskip("resource")
+    for name in ("ckpt_latest.pt", "ckpt_best.pt", "training.log"):
+        (tmp_path / name).write_bytes((trained[0] / name).read_bytes())
+    before = (tmp_path / "ckpt_latest.pt").read_bytes()
+    done = run("train.py", "--data", data, "--out", tmp_path, "--resume", "--max_steps", 16,
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert done.returncode == 2 and done.stderr.startswith("train.py: cannot write") and done.stderr.count("\n") == 1
+    assert (tmp_path / "ckpt_latest.pt").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt_best.pt", "ckpt_latest.pt", "training.log"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def test_sampling_writes_text(trained):
+    ckpt = trained[0] / "ckpt_best.pt"
+    say = lambda *args: run("sample.py", "--prompt", "Once upon", "--ckpt", ckpt, "--seed", 3, *args, env=os.environ | {"PYTHONUTF8": "1"})
+    one, again, three = say(), say(), say("--num_samples", 3)
+    assert one.returncode == three.returncode == 0 and one.stdout == again.stdout
+    assert one.stdout.startswith("Once upon") and len(one.stdout) > 60 and re.search(r"\d+ tokens/s", one.stderr)
+    rows = three.stdout.split("\n---\n")
+    assert len(rows) == 3 and rows[0] + "\n" == one.stdout and len(set(rows)) == 3
+    assert say("--gain=0").stdout != one.stdout
+
+
+def test_sampling_shows_whole_characters_up_to_the_end():
+    tokenizer, texts = get_tokenizer("bytes"), []
+    row = sampling.Row(tokenizer, "")
+    for token in [*"né ".encode(), 0xFF, *"ü".encode(), 256, 65]:
+        row.add(token)
+        texts.append(row.text)
+    assert texts == ["n", "n", "né", "né ", "né �", "né �", "né �ü", "né �ü", "né �ü"]
+    assert row.ended and row.count == 8
+
+
+def test_sampling_refuses(trained, tmp_path, capsys, monkeypatch):
+    ckpt = trained[0] / "ckpt_best.pt"
+    refuse = lambda *args: refusal(sampling, capsys, monkeypatch, "--prompt", "Once", "--ckpt", ckpt, *args)
+    assert "temperature" in refuse("--temperature", -0.1)
+    assert "top_p" in refuse("--top_p", 0) and "top_p" in refuse("--top_p", 1.5)
+    assert "no tokens" in refuse("--prompt", "")
+    assert "--num_samples" in refuse("--num_samples", 0)
+    assert "0 or more" in refuse("--gain", -1)
+    assert "unrecognized" in refuse("--dose", 1)
+    assert "no checkpoint" in refuse("--ckpt", tmp_path / "none.pt")
+    (tmp_path / "short.pt").write_bytes(ckpt.read_bytes()[:3000])
+    assert "damaged" in refuse("--ckpt", tmp_path / "short.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    assert "not a checkpoint" in refuse("--ckpt", tmp_path / "text.pt")
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"model": Hostile()}, tmp_path / "hostile.pt")
+    assert "safely" in refuse("--ckpt", tmp_path / "hostile.pt")
+    assert not (tmp_path / "owned").exists()
+    for odd in ({"model": 3}, {"weights": torch.ones(2)}, [1], {"model": {"embed.weight": torch.ones(2)}, "config": {"depth": 3}}):
+        torch.save(odd, tmp_path / "odd.pt")
+        assert "no NCN model" in refuse("--ckpt", tmp_path / "odd.pt")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Preparing data
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---- The demo stories ----------------------------------------------------------------------------------------
+@functools.cache
+def demo_stories(seed=3, count=20000):
+    rng = random.Random(seed)
+    return [prepare.tell(rng) for _ in range(count)]
+
+
+def readings(text, todo, words, drawn, at=0):
+    """Every way to read text[at:] as `todo`, literals and {slots}: yields its -log probability."""
+    if not todo:
+        if at == len(text):
+            yield 0.0
+        return
+    part, rest = todo[0], todo[1:]
+    if isinstance(part, tuple):                            # here ends a slot that began at start: keep its words
+        slot, start = part
+        yield from readings(text, rest, {**words, slot: text[start:at]}, drawn, at)
+    elif not part.startswith("{") or (part := words.get(part[1:-1], part))[:1] != "{":
+        if text.startswith(part, at):
+            yield from readings(text, rest, words, drawn, at + len(part))
+    else:
+        slot = part[1:-1]
+        choices = prepare.options(slot, drawn)
+        for choice in choices:
+            inside = [*filter(None, re.split(r"({\w+})", choice)), (slot, at)]
+            for nats in readings(text, inside + rest, words, {**drawn, slot: choice}, at):
+                yield nats + math.log(len(choices))
+
+
+def test_demo_stories_have_one_reading():
+    """Each story has exactly one derivation, whose probability is the one that tell() states."""
+    for text, nats in demo_stories()[:200]:
+        assert list(readings(text, ["{story}"], {}, {})) == [pytest.approx(nats)], text
+    assert len({text for text, _ in demo_stories()}) == len(demo_stories())
+
+
+def test_demo_options_begin_differently():
+    def lists(rule):
+        return [rule.split("|")] if isinstance(rule, str) else [o for r in rule[1].values() for o in lists(r)]
+    for slot, rule in prepare.GRAMMAR.items():
+        for choices in lists(rule):
+            assert not any(a is not b and b.startswith(a) for a in choices for b in choices), (slot, choices)
+
+
+def test_demo_entropy_is_the_mean_of_the_sample():
+    nats = np.array([nats for _, nats in demo_stories()])
+    assert abs(nats.mean() - prepare.entropy()) < 4 * nats.std() / len(nats) ** 0.5
+    assert prepare.entropy() > math.log(1e7)               # millions of different stories, and then some
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_demo_entropy_by_enumeration(monkeypatch, seed):
+    """On small random grammars: the entropy of the texts themselves, all of them written out."""
+    rng = random.Random(seed)
+
+    def some(prefix):
+        return "|".join(f"{prefix}{i}." for i in range(rng.randint(1, 4)))
+    kinds, things = some("k"), "|".join(f"t{i}.{{kind}}{{color}}" for i in range(rng.randint(2, 3)))
+    monkeypatch.setattr(prepare, "GRAMMAR", {
+        "story": "{kind}{name} {thing}{color}{name}|b{thing} {fix}",
+        "kind": kinds, "color": some("c"), "thing": things,
+        "name": ("kind", {kind: some("n") for kind in kinds.split("|")}),
+        "fix": ("thing", {thing: ("kind", {kind: some("f{color}{name}") for kind in kinds.split("|")})
+                          for thing in things.split("|")})})
+    texts = collections.Counter()
+
+    def enumerate_texts(text, drawn, p):
+        """Leftmost slot first; an option goes in as it is, and what it holds is filled in next."""
+        match = prepare.SLOT.search(text)
+        if not match:
+            texts[text] += p
+        elif match[1] in drawn:
+            enumerate_texts(text[:match.start()] + drawn[match[1]] + text[match.end():], drawn, p)
+        else:
+            for choice in (choices := prepare.options(match[1], drawn)):
+                enumerate_texts(text[:match.start()] + choice + text[match.end():],
+                                {**drawn, match[1]: choice}, p / len(choices))
+    enumerate_texts("{story}", {}, 1.0)
+    assert sum(texts.values()) == pytest.approx(1) and len(texts) > 10
+    prepare.entropy.cache_clear()
+    try:
+        assert prepare.entropy() == pytest.approx(-sum(p * math.log(p) for p in texts.values()), rel=1e-12)
+        told = collections.Counter(prepare.tell(rng)[0] for _ in range(4000))
+        assert set(told) <= set(texts)
+        assert all(abs(told[t] - 4000 * p) < 6 * (4000 * p) ** 0.5 + 1 for t, p in texts.items())
+    finally:
+        prepare.entropy.cache_clear()
+
+
+def test_demo_options_are_equally_likely():
+    for slot in "animal", "pal", "place", "kin":
+        choices = prepare.options(slot, {})
+        went = "(?:went|walked|ran)"
+        pattern = re.compile({"animal": rf" the (\w+) {went}", "pal": r"friend (\w+)",
+                              "place": rf"{went} to the (\w+)\.", "kin": rf"\b({'|'.join(choices)})\b"}[slot])
+        counts = collections.Counter(pattern.search(text)[1] for text, _ in demo_stories())
+        assert set(counts) == set(choices)
+        mean = len(demo_stories()) / len(choices)
+        assert all(abs(count - mean) < 5 * mean ** 0.5 for count in counts.values()), counts
+
+
+def test_demo_is_the_same_everywhere():
+    text = "\n".join(text for text, _ in demo_stories(42, 1000))
+    assert sha256(text.encode()) == "5e0e9a843aa0c79bc3777ac439a2ab0d5becfd9bfa9ebc2e6c6c4eea5df18410"
+
+
+def test_demo_stories_are_good_english():
+    sizes, famous = [], 0
+    for text, _ in demo_stories():
+        sizes.append(len(text))
+        famous += text.startswith("Once upon a time, ")
+        assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]|[{}|]|  | $|^ | [.,!]|[.,!][A-Za-z]", text), text
+        assert text.count('"') % 2 == 0 and ", but it was " in text
+        assert all(re.match(r'"?[A-Z]', line) and re.search(r'[.!]"?$', line) for line in text.split("\n"))
+        assert all(s[0].isupper() for s in re.findall(r'[.!]"? "?(\w)(?!aid)', text)), text
+        kind, name = re.search(r"(\w+) named (\w+)\.", text).groups()
+        wrong = r"\b(he|his|him)\b" if kind in prepare.SHE.split("|") else r"\b(she|her)\b"
+        assert not re.search(wrong, text, re.IGNORECASE), text
+        pal = re.search(r"friend (\w+)", text)[1]
+        thing = re.search(rf"\b({prepare.GRAMMAR['thing']})\b", text)[1]
+        before, after = text.split(", but ")
+        goal = re.search(r"\ba (\w+ \w+)(?: for|\.$|\. \w)", before.split("\n")[1])[1]
+        assert all(part.count(word) for part in (before, after) for word in (name, pal, thing, goal)), text
+        # the way out names the thing, the obstacle and the goal
+        obstacle = re.match(r"it was (?:[a-z]+ )+?a (\w+ \w+)[.,]", after)[1]
+        fix = after.split("\n")[1]
+        assert thing in fix and obstacle in fix and goal in after, text
+    assert 350 <= min(sizes) and max(sizes) <= 650 and 460 <= np.mean(sizes) <= 500
+    assert famous >= len(sizes) / 2
+
+
+# ---- Tokenizers ----------------------------------------------------------------------------------------------
+def test_prepare_bytes_tokenizer():
+    tokenizer = prepare.get_tokenizer("bytes")
+    assert isinstance(tokenizer, tiktoken.Encoding) and tokenizer.n_vocab == 257 and tokenizer.eot_token == 256
+    rng = random.Random(0)
+    for size in [0, 1, 98, 99, 100, 101, 5000]:
+        text = "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xD800),
+                                       rng.randrange(0x10000, 0x110000)])) for _ in range(size)) + END
+        assert tokenizer.encode_ordinary(text) == list(text.encode())
+        assert tokenizer.encode(text, allowed_special="all") == [*text.encode()[:-13], 256]
+        assert tokenizer.decode(list(text.encode())) == text
+
+
+def test_prepare_tokenizer_errors(monkeypatch):
+    with pytest.raises(ValueError, match="unknown tokenizer 'gpt5'"):
+        prepare.get_tokenizer("gpt5")
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(ConnectionError, match="--tokenizer bytes"):
+        prepare.get_tokenizer("gpt2")
+
+
+def offline(*_):
+    raise OSError("no network in this test")
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------------------
+def prepare_here(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args)])
+    return prepare.main()
+
+
+def prepare_there(*args, cwd=None, code="import sys, prepare; sys.argv[0] = 'prepare.py'; sys.exit(prepare.main())"):
+    """prepare.py in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parent)}, timeout=300)
+
+
+def load_prepared(out):
+    """Checks the files against their meta data. Returns it, and the stories of each side."""
+    meta = json.loads((out / "meta.json").read_text())
+    tokenizer = prepare.get_tokenizer(meta["tokenizer"])
+    assert meta["vocab_size"] == tokenizer.n_vocab
+    assert not list(out.glob("*.tmp"))
+    sides = []
+    for side in "train", "val":
+        tokens = np.fromfile(out / f"{side}.bin", "<u2").tolist()
+        assert len(tokens) == meta[f"{side}_tokens"] and tokens[-1] == tokenizer.eot_token
+        sides.append(tokenizer.decode(tokens).split(END)[:-1])
+        assert len(sides[-1]) == meta[f"{side}_stories"] > 0
+    return meta, *sides
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_prepare_demo(tmp_path):
+    out = tmp_path / "deep" / "out"
+    run = prepare_there("demo", f"--out={out}", "--max_mb", "0.3", "--seed", "5")
+    assert run.returncode == 0 and run.stderr == ""        # no progress bar where there is no terminal
+    meta, train, val = load_prepared(out)
+    assert meta["tokenizer"] == "bytes" and meta["seed"] == 5 and meta["val_fraction"] == 0.05
+    rng = random.Random(5)
+    told = [prepare.tell(rng)[0] for _ in range(len(train) + len(val))]
+    assert sorted(told) == sorted(train + val)
+    text = "".join(f"{story}\n{END}\n" for story in told)[:-1]
+    assert meta["sources"] == [{"name": "demo", "bytes": len(text), "sha256": sha256(text.encode())}]
+    assert 299_000 < len(text) <= 300_000
+    assert meta["entropy_nats_per_story"] == prepare.entropy()
+    mean = (meta["train_tokens"] + meta["val_tokens"]) / len(told)
+    assert meta["entropy_nats_per_token"] == pytest.approx(prepare.entropy() / mean)
+    assert mean == np.mean([len(story) + 1 for story in told])
+    assert f"{meta['entropy_nats_per_token']:.4f} nats per token" in run.stdout
+
+
+def hard_corpus(rng, files):
+    """Random texts with everything that is hard: and the stories that they hold."""
+    texts, stories = [], []
+    for _ in range(files):
+        text = f"first{END}"
+        for _ in range(rng.randint(1, 12)):
+            words = [rng.choice(["a", "é", "\U0001F600", "<|", "endoftext", "|>", "\r\n", "\n", " ", "<|end"])
+                     for _ in range(rng.randint(0, 15))]
+            text += "".join(words) + END
+        text = text[:-len(END)] + rng.choice(["", "\n", END, "end"])
+        stories += [s.strip() for s in text.replace("\r\n", "\n").split(END) if s.strip()]
+        texts.append("\ufeff" * rng.randint(0, 1) + text)
+    return texts, stories
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_prepare_reads_any_blocks(monkeypatch, tmp_path, seed):
+    """Stories, split, sizes and hashes do not depend on where the blocks are cut or how many cores there are."""
+    rng = random.Random(seed)
+    texts, stories = hard_corpus(rng, 3)
+    folder = tmp_path / "in"
+    for i, text in enumerate(texts):                       # the order: in/0.txt, in/b/z.txt, in/c.txt
+        path = folder / ["0.txt", "b/z.txt", "c.txt"][i]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    (folder / "no.md").write_text("not a story")
+    results = []
+    for block, cores in (1, 1), (rng.randint(2, 40), 3), (1 << 20, 7):
+        monkeypatch.setattr(prepare, "BLOCK", block)
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        out = tmp_path / f"out{block}"
+        assert prepare_here(monkeypatch, folder, "--tokenizer", "bytes", "--out", out, "--val_fraction", 0.3,
+                       "--seed", seed) == 0
+        results.append(files_in(out))
+    assert results[0] == results[1] == results[2]
+    meta, train, val = load_prepared(out)
+    draws = random.Random(seed + 1)
+    sides = [draws.random() < 0.3 for _ in stories]
+    sides[:2] = False, True
+    assert val == [s for s, side in zip(stories, sides) if side]
+    assert train == [s for s, side in zip(stories, sides) if not side]
+    assert [(s["bytes"], s["sha256"]) for s in meta["sources"]] == [
+        (len(t.encode()), sha256(t.encode())) for t in texts]
+
+
+def test_prepare_split(monkeypatch, tmp_path):
+    (tmp_path / "a.txt").write_text(END.join(f"story {i}" for i in range(4000)))
+    splits = []
+    for seed in 1, 2, 1:
+        assert prepare_here(monkeypatch, tmp_path / "a.txt", "--tokenizer=bytes", "--out", tmp_path / "o",
+                       f"--seed={seed}") == 0
+        splits.append(load_prepared(tmp_path / "o")[2])
+        assert 150 < len(splits[-1]) < 250                 # 200 expected, standard deviation 14
+    assert splits[0] == splits[2] != splits[1]
+    (tmp_path / "a.txt").write_text(f"one{END}two")
+    for fraction in "1e-9", "0.999999":
+        assert prepare_here(monkeypatch, tmp_path / "a.txt", "--tokenizer=bytes", "--out", tmp_path / "o",
+                       "--val_fraction", fraction) == 0
+        assert len(load_prepared(tmp_path / "o")[1]) == 1
+
+
+@pytest.mark.parametrize("limit", [10, 27, 28, 34, 35, 36, 37, 49, 50, 51, 62, 63, 64, 65, 1000])
+@pytest.mark.parametrize("block", [7, 1 << 20])
+def test_prepare_max_mb(monkeypatch, tmp_path, limit, block):
+    """Ends at the last whole story within the limit, over all files together."""
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    ends, end = {}, 0
+    for name, stories in ("a.txt", ["1", "2222222", "3"]), ("b.txt", ["4", "5", "6"]):
+        (tmp_path / name).write_bytes(END.join(stories).encode())
+        for story in stories:
+            end += len(story) + (len(END) if story not in "36" else 0)
+            ends[story] = end
+    status = prepare_here(monkeypatch, tmp_path, "--tokenizer=bytes", "--out", tmp_path / "o",
+                     "--max_mb", limit / 1e6)
+    expected = [story for story, end in ends.items() if end <= limit]
+    if len(expected) < 2:
+        assert status == 2 and not (tmp_path / "o" / "meta.json").exists()
+    else:
+        meta, train, val = load_prepared(tmp_path / "o")
+        assert sorted(train + val) == expected
+        assert sum(source["bytes"] for source in meta["sources"]) == ends[expected[-1]]
+
+
+def test_prepare_gpt2(monkeypatch, tmp_path):
+    if not (SHARED / "tinystories").exists():
+        pytest.skip("no shared TinyStories")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    source = SHARED / "tinystories" / "valid.txt"
+    assert prepare_here(monkeypatch, source, "--out", tmp_path, "--max_mb", "0.4") == 0
+    meta, train, val = load_prepared(tmp_path)
+    assert meta["tokenizer"] == "gpt2" and 0.395e6 < meta["sources"][0]["bytes"] <= 0.4e6
+    tokenizer = tiktoken.get_encoding("gpt2")
+    for side, stories in ("train", train), ("val", val):
+        tokens = np.fromfile(tmp_path / f"{side}.bin", "<u2").tolist()
+        assert tokens == [token for story in stories
+                          for token in [*tokenizer.encode_ordinary(story), tokenizer.eot_token]]
+    text = source.read_bytes()[:meta["sources"][0]["bytes"]].decode()
+    assert sorted(train + val) == sorted(s.strip() for s in text.split(END) if s.strip())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+def test_prepare_memory(tmp_path):
+    """A corpus six times as big needs the same memory."""
+    code = ("import re, sys, prepare; status = prepare.main();"
+            "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]); sys.exit(status)")
+    text = "".join(f"{story}\n{END}\n" for story, _ in demo_stories()).encode()     # 10 MB
+    peaks = []
+    for copies in 1, 6:
+        (tmp_path / "a.txt").write_bytes(text * copies)
+        run = prepare_there(tmp_path / "a.txt", "--tokenizer=bytes", "--out", tmp_path / "o", code=code)
+        assert run.returncode == 0, run.stderr
+        peaks.append(int(run.stdout.split()[-1]) / 1024)   # MB
+    assert peaks[1] < peaks[0] + 20 and peaks[1] < 300, peaks
+
+
+# ---- Bad input -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(20))
+def test_prepare_not_utf8(monkeypatch, tmp_path, capsys, seed):
+    rng = random.Random(seed)
+    monkeypatch.setattr(prepare, "BLOCK", rng.choice([1, 2, 3, 5, 17, 1 << 20]))
+    data = bytearray(END.join(["héllo \U0001F600"] * 6).encode())
+    bad = rng.choice([b"\xff", b"\xc3", b"\xf0\x9f", b"\x80", b"\xed\xa0\x80"])
+    at = rng.randrange(len(data) + 1)
+    data[at:at] = bad
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        where = error.start
+    else:
+        pytest.skip("still UTF-8")
+    (tmp_path / "a.txt").write_bytes(data)
+    assert prepare_here(monkeypatch, tmp_path / "a.txt", "--tokenizer=bytes", "--out", tmp_path / "o") == 2
+    error = capsys.readouterr().err
+    assert f"a.txt: not UTF-8 at byte {where};" in error and error.count("\n") == 1
+    assert not list((tmp_path / "o").iterdir())
+
+
+@pytest.mark.parametrize("args, says", [
+    (["missing.txt"], "missing.txt"),
+    (["empty.txt"], "fewer than two stories"),
+    (["blank.txt"], "fewer than two stories"),
+    (["one.txt"], "fewer than two stories"),
+    (["nothing"], "no text in nothing"),
+    (["latin.txt"], "latin.txt: not UTF-8 at byte 3"),
+    (["good.txt", "latin.txt"], "latin.txt: not UTF-8 at byte 3"),
+    (["good.txt", "--val_fraction", "0"], "val_fraction"),
+    (["good.txt", "--val_fraction=1"], "val_fraction"),
+    (["good.txt", "--val_fraction=nan"], "val_fraction"),
+    (["good.txt", "--val_fraction=half"], "val_fraction"),
+    (["good.txt", "--max_mb=0"], "max_mb"),
+    (["good.txt", "--max_mb=nan"], "max_mb"),
+    (["good.txt", "--max_mb=inf"], "max_mb"),
+    (["good.txt", "--max_mb=1e-6"], "--max_mb"),
+    (["good.txt", "--seed=x"], "seed"),
+    (["good.txt", "--tokenizer", "gpt5"], "use gpt2 or bytes"),
+    (["good.txt", "--tokens", "bytes"], "--tokens"),
+    (["good.txt", "--val=0.1"], "--val"),
+    (["good.txt", "--out=good.txt"], "good.txt"),
+])
+def test_prepare_bad_input(tmp_path, args, says):
+    """One clear line, status 2, and what lay in the output folder is as it was."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "nothing").mkdir()
+    for name in "train.bin", "val.bin", "meta.json":
+        (tmp_path / "data" / name).write_text("precious")
+    for name, data in (("good", f"a{END}b{END}c"), ("empty", ""), ("blank", f" \n{END}\r\n{END}"),
+                       ("one", "a story")):
+        (tmp_path / f"{name}.txt").write_text(data)
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin1"))
+    before = files_in(tmp_path / "data")
+    args = args if any("--tokenizer" in arg for arg in args) else [*args, "--tokenizer=bytes"]
+    run = prepare_there(*args, cwd=tmp_path)
+    assert run.returncode == 2 and run.stdout == ""
+    assert says in run.stderr and run.stderr.startswith("prepare.py: ") and run.stderr.count("\n") == 1
+    assert "Errno" not in run.stderr
+    assert files_in(tmp_path / "data") == before
+    assert (tmp_path / "good.txt").read_text() == f"a{END}b{END}c"
+
+
+def test_prepare_one_endless_story(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(prepare, "LONGEST", 1000)
+    monkeypatch.setattr(prepare, "BLOCK", 100)
+    (tmp_path / "a.txt").write_text("a" * 5000)
+    assert prepare_here(monkeypatch, tmp_path / "a.txt", "--tokenizer=bytes", "--out", tmp_path / "o") == 2
+    assert "a.txt: a story of over" in capsys.readouterr().err
+
+
+def test_prepare_gpt2_offline(monkeypatch, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(f"a{END}b")
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    assert prepare_here(monkeypatch, tmp_path / "a.txt", "--out", tmp_path / "o") == 2
+    error = capsys.readouterr().err
+    assert "GPT-2 vocabulary" in error and "--tokenizer bytes" in error and error.count("\n") == 1
+
+
+def precious(tmp_path):
+    out = tmp_path / "out"
+    assert prepare_there("demo", "--max_mb=0.1", "--out", out).returncode == 0
+    return out, files_in(out)
+
+
+@pytest.mark.parametrize("limit", [0, 100_000, 3_000_000])
+def test_prepare_full_disk(tmp_path, limit):
+    """RLIMIT_FSIZE stands in for a full disk: the write fails in the same way."""
+    pytest.importorskip("resource")
+    out, before = precious(tmp_path)
+    run = prepare_there("demo", "--max_mb=4", "--out", out,
+                 code="import resource, sys, prepare; "
+                      f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(prepare.main())")
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "large" in run.stderr, run.stderr
+    assert files_in(out) == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_prepare_ctrl_c(tmp_path):
+    out, before = precious(tmp_path)
+    process = subprocess.Popen([sys.executable, prepare.__file__, "demo", "--max_mb=1000", "--out", out],
+                               stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.time() + 60
+        while not ((temporary := out / "train.bin.tmp").exists() and temporary.stat().st_size):
+            assert time.time() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130 and error == "prepare.py: interrupted, nothing was changed\n"
+    assert files_in(out) == before
+
+
+# ---- Where the text comes from -------------------------------------------------------------------------------
+class StoryServer(http.server.BaseHTTPRequestHandler):
+    """Serves server.body; sends at most server.most bytes of it; resumes if server.resumes."""
+
+    def do_GET(self):
+        body, start = self.server.body, 0
+        self.server.ranges.append(self.headers["Range"])
+        if self.headers["Range"] and self.server.resumes:
+            start = int(self.headers["Range"][len("bytes="):-1])
+            if start >= len(body):
+                return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        self.wfile.write(body[start:start + self.server.most])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StoryServer)
+    server.body = END.join(f"story {i} " * 20 for i in range(20000)).encode()
+    server.most, server.resumes, server.ranges = 1 << 30, True, []
+    server.url = f"http://127.0.0.1:{server.server_port}/stories.txt"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_prepare_download(server, tmp_path, resumes):
+    """A transfer that breaks off leaves nothing under the final name; the next one completes it."""
+    path, part = tmp_path / "stories.txt", tmp_path / "stories.txt.part"
+    server.resumes, server.most = resumes, 1_500_000
+    with pytest.raises(OSError, match="stopped at 1,500,000 of"):
+        prepare.download(server.url, path)
+    assert not path.exists() and part.read_bytes() == server.body[:1_500_000]
+    server.most = 1 << 30
+    prepare.download(server.url, path)
+    assert path.read_bytes() == server.body and not part.exists()
+    assert server.ranges == [None, "bytes=1500000-"]
+
+
+def test_prepare_download_starts_again(server, tmp_path):
+    (tmp_path / "stories.txt.part").write_bytes(b"x" * len(server.body))           # nothing comes after it: 416
+    prepare.download(server.url, tmp_path / "stories.txt")
+    assert (tmp_path / "stories.txt").read_bytes() == server.body
+
+
+def test_prepare_tinystories(monkeypatch, server, tmp_path, capsys):
+    monkeypatch.setattr(prepare, "TINYSTORIES", server.url)
+    args = "tinystories", "--tokenizer=bytes", "--out", tmp_path
+    server.most = 1000
+    assert prepare_here(monkeypatch, *args) == 2 and "run this again" in capsys.readouterr().err
+    server.most = 1 << 30
+    assert prepare_here(monkeypatch, *args) == 0
+    meta, train, val = load_prepared(tmp_path)
+    assert len(train) + len(val) == 20000
+    assert meta["sources"][0]["sha256"] == sha256(server.body)
+    asked = len(server.ranges)
+    assert prepare_here(monkeypatch, *args) == 0 and len(server.ranges) == asked        # it is there: no download
+
+
+def test_prepare_with_no_input(monkeypatch, server, tmp_path, capsys):
+    """training_data, then tinystories, then demo, loudly; but demo never stands in for what was asked for."""
+    monkeypatch.chdir(tmp_path)
+    server.shutdown()
+    server.server_close()                               # from here on nobody answers
+    monkeypatch.setattr(prepare, "TINYSTORIES", server.url)
+    monkeypatch.setattr(prepare, "DEMO_MB", 0.1)
+    assert prepare_here(monkeypatch, "tinystories", "--tokenizer=bytes") == 2
+    assert "cannot download" in capsys.readouterr().err
+    assert prepare_here(monkeypatch, "--tokenizer=bytes") == 0
+    assert "DEMO STORIES, NOT TINYSTORIES" in capsys.readouterr().err
+    assert load_prepared(tmp_path / "data")[0]["sources"][0]["name"] == "demo"
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    assert prepare_here(monkeypatch, "--out=other") == 0        # no vocabulary either: bytes
+    assert "DEMO STORIES, NOT TINYSTORIES" in capsys.readouterr().err
+    assert load_prepared(tmp_path / "other")[0]["tokenizer"] == "bytes"
+    (tmp_path / "training_data").mkdir()
+    (tmp_path / "training_data" / "a.txt").write_text(f"mine{END}mine, too")
+    assert prepare_here(monkeypatch) == 2                       # own text and no vocabulary: says so
+    assert "--tokenizer bytes" in capsys.readouterr().err
+    assert prepare_here(monkeypatch, "--tokenizer=bytes") == 0
+    assert load_prepared(tmp_path / "data")[1:] == (["mine"], ["mine, too"])
+
+
+def test_prepare_help():
+    text = " ".join(prepare_there("--help").stdout.split())
+    for words in ("--out", "default: data", "--tokenizer", "default: gpt2, but bytes for demo", "--val_fraction",
+                  "default: 0.05", "--seed", "default: 42", "--max_mb", "MB (10^6 bytes)", "tinystories", "demo"):
+        assert words in text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Analysis
+
+# One line of the authors' own log, and its validation result.
+AUTHORS_LOG = """\
+2025-12-05 08:23:35,567 [INFO] Step: 20 | Ep: 1 [80/63518 (0.1%)] | Loss: 9.9924 | Reg: 0.0034 | PPL: 21860.27 | \
+LR: 1.20e-04 | Scale: 65536.0 | Tok/s: 2493
+2025-12-07 18:57:00,151 [INFO] Validation Result: Loss: 1.5082 | Perplexity: 4.5184
+2025-12-07 18:57:02,194 [INFO] Training Complete.
+"""
+
+
+def log_lines(steps, losses, seconds_per_step=1.0, speed=1000, suffix=""):
+    start = datetime(2025, 12, 5, 8, 0, 0)
+    times = [start + timedelta(seconds=seconds_per_step * int(s)) for s in steps]
+    return [f"{t:%Y-%m-%d %H:%M:%S},{t.microsecond // 1000:03d} [INFO] Step: {s} | Ep: 1 [{s}/9 (1.0%)] | "
+            f"Loss: {x:.4f} | Reg: 0.0001 | PPL: 1.00 | LR: 1.20e-04 | Scale: 1.0 | Tok/s: {speed}{suffix}\n"
+            for t, s, x in zip(times, steps, losses)]
+
+
+def val_lines(loss):
+    return [f"2025-12-05 09:00:00,000 [INFO] Validation Result: Loss: {loss:.4f} | Perplexity: 1.0000\n"]
+
+
+def write_log(folder, lines):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "training.log").write_text("".join(lines), encoding="utf-8")
+    return str(folder / "training.log")
+
+
+def loss_curve(kind, seed=0):
+    """The issue's synthetic logs: 800 points, noise 0.05, one point every 20 steps as in the authors' log."""
+    s = 20 * np.arange(1, 801)
+    y = 1.5 + 8 * np.exp(-s / 700) + np.random.default_rng(seed).normal(0, 0.05, len(s))
+    return s, y + {"Converged": 0 * s, "Still improving": -3e-5 * s, "Diverging": 2e-4 * np.maximum(s - 12000, 0)}[kind]
+
+
+def analyze_here(monkeypatch, capsys, *args):
+    """analyze.py with these arguments -> exit status, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, args)])
+    status = analyze.main()
+    return status, *capsys.readouterr()
+
+
+def png_width(path):
+    """Width of a PNG in pixels, from its header."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big")
+
+
+def scan_model(seed=0, spread=0.5, **config):
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=16, ncn_hidden=8, dropout=0.0)
+    model = ModulatedLM(NCNConfig(**{**sizes, **config})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(spread * torch.randn_like(p))
+    return model
+
+
+def scan_data(folder, stories=40):
+    """A data folder as prepare.py leaves it: stories of random bytes of 40 to 80 tokens."""
+    rng = np.random.default_rng(0)
+    ids = np.concatenate([[*rng.integers(97, 123, rng.integers(40, 80)), 256] for _ in range(stories)]).astype("<u2")
+    folder.mkdir(parents=True, exist_ok=True)
+    ids.tofile(folder / "val.bin")
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257}))
+    return folder
+
+
+# ---- logs
+
+
+def test_analyze_reads_the_authors_log(tmp_path):
+    run = analyze.read_log(write_log(tmp_path / "theirs", [AUTHORS_LOG]))
+    assert (run["name"], run["step"].tolist(), run["loss"].tolist()) == ("theirs", [20], [9.9924])
+    assert run["val"] == [(20, 1.5082)] and run["broke"] is None
+
+
+def test_analyze_counts_tokens_and_time(tmp_path):
+    steps = [1, 10, 20, 30]
+    run = analyze.read_log(write_log(tmp_path, log_lines(steps, [4, 3, 2, 1], seconds_per_step=2.0, speed=512)))
+    np.testing.assert_allclose(run["tokens"], [1024 * s for s in steps])  # 512 tokens/s, 2 s a step
+    np.testing.assert_allclose(run["minutes"], [2 * s / 60 for s in steps])
+    # What train.py states wins over the clock, which also counts validation.
+    head = [f"2025-12-05 08:00:00,000 [INFO] {text}\n" for text in (
+        "Preset laptop", "910,252 parameters, 70,828 of them the controller's", "600 steps of 8,192 tokens, from data")]
+    run = analyze.read_log(write_log(tmp_path, head + log_lines(steps, [4, 3, 2, 1], seconds_per_step=50, speed=512)))
+    np.testing.assert_allclose(run["tokens"], [8192 * s for s in steps])
+    np.testing.assert_allclose(run["minutes"], [16 * s / 60 for s in steps])
+    assert all(text in analyze.title(run) for text in ("Preset laptop", "910,252 parameters", "600 steps of 8,192"))
+
+
+def test_analyze_resumed_run(tmp_path):
+    lines = log_lines(range(10, 101, 10), [5.0] * 10) + val_lines(4.0) + log_lines(range(61, 65), [9.0] * 4) + \
+        log_lines(range(70, 121, 10), [3.0] * 6) + val_lines(2.5)
+    run = analyze.read_log(write_log(tmp_path, lines))
+    assert run["step"].tolist() == [10, 20, 30, 40, 50, 60, 61, 62, 63, 64, 70, 80, 90, 100, 110, 120]
+    assert run["loss"].tolist() == [5.0] * 6 + [9.0] * 4 + [3.0] * 6
+    assert run["val"] == [(120, 2.5)], "the validation at step 100 belongs to weights that were lost"
+    assert not any("runs in one file" in note for note in run["notes"])
+
+
+@pytest.mark.parametrize("second", [range(20, 61, 20), [1, 20, 40], range(50, 201, 50), [20]])
+def test_analyze_takes_the_last_of_two_runs(tmp_path, second):
+    lines = log_lines(range(20, 301, 20), [5.0] * 15) + val_lines(4.9) + log_lines(second, [3.0] * len(second))
+    run = analyze.read_log(write_log(tmp_path, lines))
+    assert run["step"].tolist() == list(second) and set(run["loss"]) == {3.0} and run["val"] == []
+    assert any(note.startswith("2 runs in one file") for note in run["notes"])
+
+
+def test_analyze_skips_what_is_not_finite_or_torn(tmp_path):
+    lines = log_lines([10, 20, 30, 40], [5, math.nan, math.inf, 4]) + ["\n", "noise\n"] + val_lines(math.nan)
+    lines += [log_lines([50], [3.1234])[0].split("234")[0]]  # cut off within the number: 3.1 would be wrong
+    run = analyze.read_log(write_log(tmp_path, lines))
+    assert run["step"].tolist() == [10, 40] and run["loss"].tolist() == [5, 4] and run["val"] == []
+    assert any(note.startswith("2 rows") for note in run["notes"])
+
+
+@pytest.mark.parametrize("end", [log_lines([90], [math.nan])[0],
+                                 "2025-12-05 08:30:00,000 [INFO] Stopped: loss nan, gradient norm nan at step 90; x\n"])
+def test_analyze_non_finite_end_is_diverging(tmp_path, end):
+    v = analyze.verdict(analyze.read_log(write_log(tmp_path, log_lines(range(1, 81), [2.0] * 80) + [end])))
+    assert v["verdict"] == "Diverging" and "step 90" in v["why"]
+
+
+@pytest.mark.parametrize("kind", ["Converged", "Still improving", "Diverging"])
+def test_analyze_verdicts(tmp_path, kind):
+    true = {"Converged": 0.0, "Still improving": -0.03, "Diverging": 0.2}[kind]
+    right = covered = 0
+    for seed in range(40):
+        v = analyze.verdict(analyze.read_log(write_log(tmp_path, log_lines(*loss_curve(kind, seed)))))
+        right += v["verdict"] == kind
+        covered += abs(v["slope"] - true) <= v["half"]
+    assert right >= 38 and covered >= 37, (right, covered)  # the interval is a 98% one
+
+
+def test_analyze_verdict_without_noise_keeps_the_threshold(tmp_path):
+    s = 20 * np.arange(1, 801)
+    for slope, kind in ((0.0, "Converged"), (0.9e-6, "Converged"), (-0.9e-6, "Converged"),
+                        (-1.1e-6, "Still improving"), (1.1e-6, "Diverging")):
+        run = dict(step=s, loss=2 + slope * s, broke=None)
+        assert analyze.verdict(run)["verdict"] == kind, slope
+
+
+def test_analyze_verdict_does_not_guess():
+    rng = np.random.default_rng(0)
+    for n in (1, 4, 20, 60):  # at most nine points in the last 15%
+        v = analyze.verdict(dict(step=10 * np.arange(1, n + 1), loss=2 + rng.normal(0, 0.05, n), broke=None))
+        assert v["verdict"] == "Undecided", n
+
+
+def test_analyze_ewma():
+    y, span = np.array([3.0, 1.0, 4.0, 1.0]), 3
+    w = (1 - 2 / (span + 1)) ** np.arange(4)[::-1]
+    np.testing.assert_allclose(analyze.ewma(y, span)[-1], (w * y).sum() / w.sum())
+    np.testing.assert_allclose(analyze.ewma(y, 1), y)
+
+
+def test_analyze_power_law_and_index():
+    s = 20 * np.arange(1, 801)
+    e = analyze.efficiency(dict(step=s, loss=1.5 + 25.0 * s**-0.6))
+    assert abs(e["a"] - 1.5) < 0.02 and abs(e["b"] - 25) < 1 and abs(e["c"] - 0.6) < 0.02 and e["r2"] > 0.9999
+    line = analyze.efficiency(dict(step=s, loss=5 - 1e-4 * s))
+    assert abs(line["sei"] - 0.5) < 0.02
+    assert abs(line["step"][line["p95"]] / s[-1] - 0.95) < 0.04 and abs(line["step"][line["p99"]] / s[-1] - 0.99) < 0.04
+    assert line["a"] >= 0
+    early = analyze.efficiency(dict(step=s, loss=np.where(s < 100, 5.0, 1.0)))
+    assert early["sei"] > 0.97 and early["step"][early["p95"]] < 120
+    assert analyze.efficiency(dict(step=s, loss=1 + 1e-4 * s)) is None  # nothing improved
+    assert analyze.efficiency(dict(step=s[:3], loss=np.array([3.0, 2.0, 1.0]))) is None
+
+
+def test_analyze_pictures_of_one_log(tmp_path, monkeypatch, capsys):
+    s, y = loss_curve("Still improving")
+    path = write_log(tmp_path / "out", log_lines(s, y) + val_lines(1.25))
+    monkeypatch.chdir(tmp_path)
+    status, out, err = analyze_here(monkeypatch, capsys)  # out/training.log is the default
+    assert status == 0 and not err and "out: Still improving, slope -0.0" in out and "1.2500" in out
+    for name in ("convergence_analysis.png", "sample_efficiency.png"):
+        assert png_width(tmp_path / "out" / name) == 1000
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "convergence_analysis.png", "sample_efficiency.png", "training.log"], "no temporary file may be left"
+    for n in (1, 5):  # so short that there is nothing to fit: the points are drawn all the same
+        path = write_log(tmp_path / f"short{n}", log_lines(range(1, n + 1), [3.0] * n))
+        status, out, err = analyze_here(monkeypatch, capsys, path)
+        assert status == 0 and not err and "Undecided" in out
+        assert png_width(tmp_path / f"short{n}" / "convergence_analysis.png") == 1000
+
+
+def test_analyze_several_logs(tmp_path, monkeypatch, capsys):
+    paths = [write_log(tmp_path / name, log_lines(*loss_curve("Converged", i)) + val_lines(1.5 - 0.25 * i))
+             for i, name in enumerate(("first", "second"))]
+    status, out, _ = analyze_here(monkeypatch, capsys, *paths, "--out", tmp_path / "pictures")
+    assert status == 0 and "-0.2500" in out
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == [
+        "convergence_analysis_first.png", "convergence_analysis_second.png", "sample_efficiency.png"]
+    # Without --out each log's own picture goes beside it, and their comparison beside the first.
+    saved = []
+    monkeypatch.setattr(analyze, "save", lambda fig, folder, name: (saved.append((folder, name)), plt.close(fig)))
+    assert analyze_here(monkeypatch, capsys, *paths)[0] == 0
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    assert saved == [(f, "convergence_analysis.png") for f in folders] + [(folders[0], "sample_efficiency.png")]
+
+
+def test_analyze_log_without_speeds(tmp_path, monkeypatch, capsys):
+    lines = [line.split(" | Tok/s")[0] + "\n" for line in log_lines(range(1, 31), np.linspace(4, 2, 30))]
+    status, out, err = analyze_here(monkeypatch, capsys, write_log(tmp_path, lines))
+    assert status == 0 and not err and "Still improving" in out
+
+
+def test_analyze_global_loss_is_not_called_a_perplexity(tmp_path, monkeypatch, capsys):
+    suffix = " | global salience: sees the future, no likelihood"  # as train.py writes it
+    path = write_log(tmp_path, log_lines(range(1, 20), [3.0] * 19, suffix=suffix))
+    labels = []
+    monkeypatch.setattr(analyze, "save", lambda fig, *_: (labels.extend(ax.get_ylabel() for ax in fig.axes),
+                                                          plt.close(fig)))
+    status, out, _ = analyze_here(monkeypatch, capsys, path)
+    assert status == 0 and "no likelihood" in out
+    assert "perplexity" not in labels and "exp(loss): sees the future, no perplexity" in labels
+
+
+def test_analyze_bad_logs(tmp_path, monkeypatch, capsys):
+    good = write_log(tmp_path / "good", log_lines(*loss_curve("Converged")))
+    (tmp_path / "empty.log").write_text("")
+    (tmp_path / "foreign.log").write_text("epoch 1 loss 3.0\n" * 10)
+    (tmp_path / "binary.log").write_bytes(bytes(range(256)) * 100)
+    nan = write_log(tmp_path / "nan", log_lines([1, 2], [math.nan] * 2))
+    for bad in ("missing.log", "empty.log", "foreign.log", "binary.log", ".", nan):
+        status, out, err = analyze_here(monkeypatch, capsys, good, tmp_path / bad)
+        assert status == 2 and err.count("\n") == 1 and err.startswith("analyze.py: ") and "wrote" not in out, bad
+    assert not list((tmp_path / "good").glob("*.png")), "a bad log beside a good one must leave nothing half done"
+    (tmp_path / "file").write_text("")
+    status, _, err = analyze_here(monkeypatch, capsys, good, "--out", tmp_path / "file")
+    assert status == 2 and err.count("\n") == 1 and "--out" in err
+    with pytest.raises(SystemExit) as stop:
+        analyze_here(monkeypatch, capsys, "--no-such-flag")
+    assert stop.value.code == 2
+
+
+def test_analyze_is_quick(tmp_path, monkeypatch, capsys):
+    s = np.arange(1, 100_001)
+    lines = log_lines(s, 1.5 + 8 * s**-0.3)
+    path = write_log(tmp_path, sum((lines[i : i + 50] + val_lines(2.0) for i in range(0, len(lines), 50)), []))
+    start = time.process_time()  # not the clock on the wall: the machine may be busy
+    assert analyze_here(monkeypatch, capsys, path)[0] == 0
+    assert time.process_time() - start < 8
+
+
+# ---- models
+
+
+def test_analyze_variance_shares():
+    rng = np.random.default_rng(0)
+    n, t = 60, 50
+    story, place, token = rng.normal(size=(n, 1, 1, 1)), rng.normal(size=(1, t, 1, 1)), rng.normal(size=(n, t, 1, 1))
+    for weights in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 2, 1)):
+        parts = [w * x / x.std() for w, x in zip(weights, (story, place, token))]
+        share = analyze.variance_shares(sum(parts) + np.zeros((n, t, 2, 3)))
+        want = np.square(weights) / np.square(weights).sum()
+        assert share.shape == (3, 2, 3) and np.abs(share.sum(0) - 1).max() < 1e-9
+        assert np.abs(share - want[:, None, None]).max() < 0.03, weights
+    # Pure noise of few stories and positions: the means' own chance variance must not count as theirs.
+    noise = analyze.variance_shares(rng.normal(size=(12, 10, 500, 3)))
+    assert noise[0].mean() < 0.045 and noise[1].mean() < 0.045  # uncorrected: 1/10 and 1/12 of the whole
+    assert np.isfinite(analyze.variance_shares(np.ones((n, t, 2, 3)))).all()  # a signal that never moves
+
+
+def test_analyze_attention_entropy():
+    ids = torch.randint(257, (1, 20), generator=torch.Generator().manual_seed(0))
+    model = scan_model()
+    entropy = analyze.attention_entropy(model, ids)
+    assert entropy.shape == (2, 2, 2, 20) and np.abs(entropy[..., 0]).max() < 1e-6  # one token: nowhere else to look
+    rises = model.signals(ids)[0, :, :, 1].T.numpy()[:, None] < 1  # (L, 1, T)
+    assert rises.any() and not rises.all()
+    assert np.where(rises, entropy[0] >= entropy[1] - 1e-5, entropy[0] <= entropy[1] + 1e-5).all()
+    # Independently: row by row from the first block's weights.
+    with torch.no_grad():
+        q, k, _ = model.blocks[0].qkv(model.blocks[0].attn_norm(model.embeddings(ids))).double().chunk(3, -1)
+        beta = model.signals(ids)[0, :, 0, 1].double()
+        for head in range(2):
+            part = slice(8 * head, 8 * head + 8)
+            for t in range(20):
+                for j, b in enumerate((beta[t], 1.0)):
+                    p = (b * (k[0, : t + 1, part] @ q[0, t, part]) / math.sqrt(8)).softmax(0)
+                    assert abs(entropy[j, 0, head, t] + float((p * p.log()).sum())) < 1e-4
+    # Without queries attention is even.
+    with torch.no_grad():
+        model.blocks[1].qkv.weight[:16] = 0
+    np.testing.assert_allclose(analyze.attention_entropy(model, ids)[:, 1], np.log(np.arange(1, 21)) +
+                               np.zeros((2, 2, 20)), atol=1e-5)
+    assert not any(block.qkv._forward_hooks for block in model.blocks)
+
+
+@pytest.mark.parametrize("salience", ["causal", "global", "reactive"])
+def test_analyze_ablations(salience):
+    model = scan_model(salience=salience)
+    g = torch.Generator().manual_seed(0)
+    batches = [(torch.randint(257, (2, 32), generator=g), torch.randint(257, (2, 32), generator=g)) for _ in range(3)]
+    loss, s = analyze.ablations(model, batches)
+    names = [f"{name} {how}" for how in ("mean", "neutral") for name in (*SIGNALS, "all")]
+    assert list(loss) == ["as trained", *names, *["prefix only"] * (salience == "global")]
+    assert s.shape == (6, 32, 2, 3)
+    plain = ModulatedLM(NCNConfig(**{**vars(model.config), "signals": ()})).eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("controller")})
+    with torch.no_grad():
+        for i, (x, y) in enumerate(batches):
+            assert abs(loss["as trained"][i] - model(x, y).task.item()) < 1e-6
+            assert abs(loss["all neutral"][i] - plain(x, y).task.item()) < 1e-5
+            if salience == "global":
+                assert abs(loss["prefix only"][i] - model(x, y, salience="causal").task.item()) < 1e-6
+                assert abs(loss["prefix only"][i] - loss["as trained"][i]) > 1e-5
+    # One at a time: pinning the gate leaves gain and precision alone, so it differs from pinning all.
+    assert len({round(float(v[0]), 6) for v in loss.values()}) == len(loss)
+    # A controller that never moves is worth nothing beyond its mean.
+    with torch.no_grad():
+        model.controller.layer2.weight.zero_()
+    loss, _ = analyze.ablations(model, batches)
+    assert all(np.abs(loss[f"{name} mean"] - loss["as trained"]).max() < 1e-5 for name in SIGNALS)
+    only = analyze.ablations(scan_model(signals=("gate",)), batches)[0]
+    assert list(only) == ["as trained", "gate mean", "gate neutral"]
+
+
+@pytest.mark.parametrize("signal, silent", [("gain", ("attn", "qkv", "ffn")), ("gate", ("ffn",))])
+def test_analyze_closed_branches_get_no_gradient(signal, silent):
+    """Gradient shielding (Eq. 17) at its limit: gain 0 (or gate 0) shields a branch's weights exactly."""
+    model = scan_model()
+    ids = torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(1))
+
+    def close(signals):
+        signals = signals.clone()
+        signals[:, :, 1, SIGNALS.index(signal)] = 0
+        return signals
+
+    model(ids[:, :-1], ids[:, 1:], edit=close).task.backward()
+    for layer, block in enumerate(model.blocks):
+        for name, p in block.named_parameters():
+            if layer == 1 and name.startswith(silent):
+                assert p.grad is None or p.grad.count_nonzero() == 0, name
+            else:
+                assert p.grad.count_nonzero() > 0, (layer, name)
+
+
+def test_analyze_gradients_and_shielding():
+    model = scan_model()
+    x = torch.randint(257, (5, 17), generator=torch.Generator().manual_seed(2))
+    signals, norms, losses = analyze.gradients(model, x[:, :-1], x[:, 1:])
+    assert signals.shape == (5, 2, 3) and norms.shape == (5, 2, 2) and losses.shape == (5,)
+    assert (norms[..., 0] > norms[..., 1]).all() and all(p.grad is None for p in model.parameters())
+    model(x[3:4, :-1], x[3:4, 1:]).task.backward()
+    ffn = [p.grad.flatten() for name, p in model.blocks[1].named_parameters() if name.startswith("ffn_")]
+    assert abs(torch.cat(ffn).norm().item() / norms[3, 1, 1] - 1) < 1e-5
+    np.testing.assert_allclose(signals[3], model.signals(x[3:4, :-1])[0].mean(0).numpy(), rtol=1e-5)
+    # A norm that is the signal times a constant correlates perfectly; a constant signal has no correlation.
+    signals[:, 0, 2] = 1.0
+    r = analyze.shielding(signals, 3 * signals[..., [0, 2]])
+    assert np.isnan(r[0, 1]) and np.allclose(r[[0, 1, 1], [0, 0, 1]], 1)
+
+
+@pytest.mark.parametrize("config", [{"salience": "global"}, {"signals": ("precision",)}])
+def test_analyze_scan_and_audit(tmp_path, monkeypatch, capsys, config):
+    scan_data(tmp_path / "data")
+    (tmp_path / "out").mkdir()
+    scan_model(**config).save(tmp_path / "out" / "ckpt_best.pt", tokenizer="bytes", step=7)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = analyze_here(monkeypatch, capsys, "--scan", "He paid $5,\nbut it was empty.", "--audit")
+    assert status == 0 and not err
+    for words in ("Specialisation", "Phasic", "story (tonic) / position / token", "Attention entropy", "as trained",
+                  "gate below 0.5", "Gradient shielding"):
+        assert words in out, words
+    assert ("the leak is" in out) == (config.get("salience") == "global")
+    for name in ("brain_scan.png", "attention_entropy.png", "audit.png"):
+        assert png_width(tmp_path / "out" / name) == 1000
+    # Without validation stories the scan still works, and says what it leaves out.
+    monkeypatch.setattr(analyze, "save", lambda fig, *_: plt.close(fig))
+    status, out, _ = analyze_here(monkeypatch, capsys, "--scan", "x" * 50, "--data", "nowhere")
+    assert status == 0 and "Only the first 32" in out and "No shares" in out
+
+
+def test_analyze_refuses_models_and_data(tmp_path, monkeypatch, capsys):
+    def refused(*args):
+        status, out, err = analyze_here(monkeypatch, capsys, *args)
+        assert status == 2 and err.count("\n") == 1 and "wrote" not in out, (args, err)
+        return err
+
+    data, ckpt = scan_data(tmp_path / "data"), tmp_path / "ckpt.pt"
+    assert "none.pt" in refused("--audit", "--ckpt", tmp_path / "none.pt")
+    scan_model(signals=()).save(ckpt, tokenizer="bytes")
+    assert "no controller" in refused("--scan", "Hello", "--ckpt", ckpt)
+    assert "no controller" in refused("--audit", "--ckpt", ckpt, "--data", data)
+    scan_model().save(ckpt, tokenizer="bytes")
+    assert "no tokens" in refused("--scan", "", "--ckpt", ckpt)
+    (data / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 50257}))
+    assert "--data" in refused("--audit", "--ckpt", ckpt, "--data", data)
+    (data / "meta.json").write_text("{")
+    refused("--audit", "--ckpt", ckpt, "--data", data)
+    refused("--audit", "--ckpt", ckpt, "--data", tmp_path / "nowhere")
+
+
+def test_analyze_perplexity_ticks():
+    """Whatever the range, the right axis has a few round ticks, each at the height of its loss."""
+    for low, high in ((4.847, 4.893), (1.38, 1.64), (2.23, 2.59), (1, 11), (1, 3.9), (1, 4.1), (0.01, 0.02), (-2, 25)):
+        fig, ax = plt.subplots()
+        ax.set_ylim(low, high)
+        analyze.perplexity_axis(ax, {"future": False})
+        twin = fig.axes[1]
+        ticks, names = twin.get_yticks(), [float(t.get_text().replace(",", "")) for t in twin.get_yticklabels()]
+        plt.close(fig)
+        assert 4 <= len(ticks) <= 10 and low <= ticks[0] and ticks[-1] <= high, (low, high)
+        assert twin.get_ylim() == (low, high)
+        np.testing.assert_allclose(np.exp(ticks), names, rtol=1e-4)
+
+
+def test_analyze_labels():
+    tokenizer = get_tokenizer("bytes")
+    assert [analyze.label(t, tokenizer) for t in b" a\n$"] == ["·", "a", "↵", "$"]
+    assert len(analyze.label(200, tokenizer)) == 1  # a byte that is no text by itself

@@ -59,7 +59,7 @@ SETTINGS = {
     "grad_clip":          (1.0,      1.0,      "largest norm of the gradient; 0: no clipping"),
     "eval_interval":      (500,      100,      "steps between validations, each followed by a checkpoint"),
     "val_sequences":      (3200,     128,      "windows of the validation set, the same in every run"),
-    "log_interval":       (20,       10,       "steps between log lines"),
+    "log_interval":       (20,       5,        "steps between log lines"),
     "seed":               (42,       42,       "of the weights, the data order and the dropout"),
 }
 MODEL = [f.name for f in fields(NCNConfig)]
@@ -339,6 +339,8 @@ def train(args):
     total_size, controller_size = (sum(p.numel() for p in part.parameters()) if part else 0
                                    for part in (model, model.controller))
     log(f"{total_size:,} parameters, {controller_size:,} of them the controller's | {device.type} x {world} | {kernels.path()}")
+    log("Settings: " + " ".join(f"{name}={s[name]}" for name in ("signals", "salience", "n_layer", "n_head", "n_embd", "block_size",
+                                                                 "batch_size", "grad_accum", "lr", "seed")) + f" dtype={dtype}")
     log(f"{dtype}: {why}")
     log(f"{s['max_steps']:,} steps of {B * T * s['grad_accum']:,} tokens, from {args.data}: {len(tokens):,} {tokenizer} tokens "
         f"to train on, {len(chosen)} windows to validate on")
