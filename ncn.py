@@ -161,7 +161,7 @@ class Controller(nn.Module):
         self.all_active = len(config.signals) == len(SIGNALS)
 
     def start_neutral(self):
-        """Section 4.1.4: bias z so that gain = 1, precision = 1, gate = 0.953. Call after every other initialisation."""
+        """Section 4.1.4: bias z so that gain = 1, precision = 1, gate = 0.953. After all other initialisation."""
         nn.init.normal_(self.layer2.weight, std=1e-3)  # small: the signals start at the biases' values, yet can learn
         with torch.no_grad():
             self.layer2.bias.copy_(torch.tensor([0.0, 0.525, 3.0]).repeat(self.n_layer))
@@ -192,7 +192,7 @@ class Controller(nn.Module):
         return self.out_proj(pooled.transpose(1, 2).flatten(2).to(x.dtype))
 
     def forward(self, x, salience, state=None):
-        """x (B, T, d) -> signals (B, T, L, 3) float32, and the mean squared deviation from 1, summed over signals."""
+        """x (B, T, d) -> signals (B, T, L, 3) float32, and the sum of their mean squared deviations from 1."""
         u = self.norm(self.context(x, salience, state) + x)  # tonic + phasic, Eq. 2 and 13
         z = self.layer2(torch.tanh(self.layer1(u)))  # Eq. 3 and 14
         z = z.unflatten(-1, (self.n_layer, 3))  # (B, T, L, 3), Eq. 4
@@ -246,7 +246,7 @@ class Block(nn.Module):
 
 
 class Cache:
-    """All that generation remembers: each layer's keys and values, and the salience state. Made once, written in place."""
+    """All that generation remembers: each layer's keys and values, and the salience state. Written in place."""
 
     def __init__(self, model, batch):
         c, weight = model.config, model.embed.weight
@@ -304,13 +304,13 @@ class ModulatedLM(nn.Module):
     def hidden(self, ids, salience=None, edit=None, cache=None):
         """ids (B, T) -> the last hidden state (B, T, d), and the controller's deviation (0 without a controller)."""
         x = self.embeddings(ids, cache.length if cache else 0)
-        signals, deviation = None, x.new_zeros(())
+        signals, deviation = [None] * self.config.n_layer, x.new_zeros(())
         if self.controller:
             salience = salience or self.config.salience
             signals, deviation = self.controller(x, salience, cache.salience if cache else None)  # (B, T, L, 3)
-            signals = edit(signals) if edit else signals
+            signals = (edit(signals) if edit else signals).unbind(2)  # L x (B, T, 3)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if signals is None else signals[:, :, i], cache, i)
+            x = block(x, signals[i], cache, i)
         if cache:
             cache.advance(ids.size(1))
         return self.norm(x), deviation
@@ -413,7 +413,7 @@ class ModulatedLM(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """The model of a checkpoint written by save or by the paper's authors, on the CPU. Raises OSError, ValueError."""
+        """The model of a checkpoint, ours or the paper authors', on the CPU. Raises OSError or ValueError."""
         return cls.from_checkpoint(load_file(path), path)
 
     @classmethod

@@ -19,22 +19,20 @@ from prepare import fail, get_tokenizer
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(fail(message))
-    parser.add_argument("--prompt", required=True, help="the text to go on with")
-    parser.add_argument("--ckpt", default="out/ckpt_best.pt", help="a checkpoint of train.py's or of the paper's authors (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens to write at most, per sample (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, 
-                        help="0: always the likeliest token; higher: more varied (default: %(default)s)")
-    parser.add_argument("--top_k", type=int, default=50, help="draw among this many likeliest tokens; 0: all (default: %(default)s)")
-    parser.add_argument("--top_p", type=float, default=1.0, 
-                        help="draw among the likeliest tokens that hold this probability (default: %(default)s)")
-    parser.add_argument("--num_samples", type=int, default=1, help="texts to write, side by side (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="same seed, same text; by default another text each time")
-    parser.add_argument("--salience", choices=("causal", "reactive"),
-                        help="what the controller sees: the text so far, or one token (the paper's cached inference); by "
-                             "default as trained, and causal where that was global")
-    for name, effect in zip(SIGNALS, ("how strongly layers write", "how sharply they attend", "how much the FFNs add")):
-        parser.add_argument(f"--{name}", type=float, default=1.0,
-                            help=f"multiply the {name} of every layer, {effect}; 1 leaves it as the controller set it")
+    add, default = parser.add_argument, " (default: %(default)s)"
+    add("--prompt", required=True, help="the text to go on with")
+    add("--ckpt", default="out/ckpt_best.pt", help="a checkpoint of train.py's or of the paper's authors" + default)
+    add("--max_new_tokens", type=int, default=256, help="tokens to write at most, per sample" + default)
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest token; higher: more varied" + default)
+    add("--top_k", type=int, default=50, help="draw among this many likeliest tokens; 0: all" + default)
+    add("--top_p", type=float, default=1.0, help="draw among the likeliest that hold this probability" + default)
+    add("--num_samples", type=int, default=1, help="texts to write" + default)
+    add("--seed", type=int, help="same seed, same text; by default another text each time")
+    add("--salience", choices=("causal", "reactive"),
+        help="what the controller sees: the text so far, or one token (the paper's cached inference); by default as "
+             "trained, and causal where that was global")
+    for name, effect in zip(SIGNALS, ("how strongly layers write", "how sharply they attend", "how much FFNs add")):
+        add(f"--{name}", type=float, default=1.0, help=f"multiply the {name} of every layer: {effect}" + default)
     return parser.parse_args()
 
 
@@ -87,10 +85,10 @@ def main():
             raise ValueError(f"{args.ckpt} has no controller to dose: it was trained with --signals none")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
-        prompt = torch.tensor([tokenizer.encode_ordinary(args.prompt)] * args.num_samples, dtype=torch.long, device=device)
-        dose = torch.tensor(doses, device=device)
-        stream = model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.salience,
-                              lambda signals: signals * dose, tokenizer.eot_token)
+        prompt = [tokenizer.encode_ordinary(args.prompt)] * args.num_samples
+        prompt, dose = torch.tensor(prompt, dtype=torch.long, device=device), torch.tensor(doses, device=device)
+        stream = model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
+                              args.salience, lambda signals: signals * dose, tokenizer.eot_token)
         write(stream, [Row(tokenizer, args.prompt) for _ in prompt])
     except (ValueError, OSError) as error:
         return fail(error)

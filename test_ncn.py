@@ -1,6 +1,7 @@
 """The whole test suite: pytest -q. Needs no network, no GPU, and nothing outside this folder."""
 
 import collections
+import ctypes
 import functools
 import hashlib
 import http.server
@@ -9,11 +10,15 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -25,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import analyze
+import kernels
 import ncn
 import prepare
 import sample as sampling
@@ -32,6 +38,7 @@ import train as training
 from ncn import SIGNALS, ModulatedLM, NCNConfig, salience_pool, salience_step
 from prepare import END, get_tokenizer
 
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # cuda: a test that needs a GPU
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
 TINY = dict(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0, ncn_hidden=8, ncn_heads=2)
@@ -497,6 +504,20 @@ def test_two_processes_equal_one(trained, data, tmp_path):
     assert logs[0].count("Step: ") == logs[1].count("Step: ")  # one process writes
     losses = [[float(v[0]) for v in VAL_LINE.findall(log)] for log in logs]
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the process in /proc")
+def test_a_process_that_dies_ends_the_run(data, tmp_path):
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train.py"),
+                            "--data", data, "--out", str(tmp_path), *SMALL, "--max_steps", "100000"],
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert any("Step: 6 " in line for line in run.stdout)  # the checkpoint of step 4 is written
+    workers = [int(p) for p in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    second = [p for p in workers if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes()]
+    os.kill(second[0], signal.SIGKILL)
+    run.communicate(timeout=100)
+    assert run.returncode not in (0, None)
+    assert torch.load(tmp_path / "ckpt_latest.pt", weights_only=True)["step"] >= 4  # still a whole checkpoint
 
 
 @pytest.mark.parametrize("flags", [["--signals", "none"], ["--signals", "gain,gate", "--salience", "reactive"],
@@ -1613,3 +1634,615 @@ def test_analyze_labels():
     tokenizer = get_tokenizer("bytes")
     assert [analyze.label(t, tokenizer) for t in b" a\n$"] == ["·", "a", "↵", "$"]
     assert len(analyze.label(200, tokenizer)) == 1  # a byte that is no text by itself
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels: g++ compiles the very same kernels.cu for the CPU behind a shim that runs one real thread per CUDA thread, and
+# the launcher cpu_threads() takes the place of the GPU's.
+
+# ---- CUDA on CPU threads.
+
+SHIM = r"""
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <tuple>
+#include <vector>
+#define __global__
+#define __device__
+#define __shared__ static          // one block runs at a time: its shared memory is everybody's
+#define __launch_bounds__(threads)
+struct dim { unsigned x = 0, y = 0; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+thread_local dim threadIdx, blockIdx;
+dim blockDim, gridDim;
+
+std::unique_ptr<std::barrier<>> of_block;
+std::vector<std::unique_ptr<std::barrier<>>> of_warp_lanes;
+float lanes[64][32];
+
+const int removed = getenv("NCN_REMOVED_BARRIER") ? atoi(getenv("NCN_REMOVED_BARRIER")) : -1;
+inline void __syncthreads(int which = -2) { if (which != removed) of_block->arrive_and_wait(); }
+inline float __shfl_xor_sync(unsigned, float v, int other) {
+    unsigned thread = threadIdx.y * blockDim.x + threadIdx.x, warp = thread / 32, lane = thread % 32;
+    lanes[warp][lane] = v;
+    of_warp_lanes[warp]->arrive_and_wait();
+    v = lanes[warp][lane ^ other];
+    of_warp_lanes[warp]->arrive_and_wait();
+    return v;
+}
+inline float __int_as_float(int i) { float x; memcpy(&x, &i, 4); return x; }
+inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
+inline float __expf(float x) { return expf(x); }
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline float half_to_float(unsigned short h) {
+    int e = h >> 10 & 31, m = h & 1023;
+    float x = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(1024 + m, e - 25) : ldexpf(m, -24);
+    return h >> 15 ? -x : x;
+}
+inline unsigned short float_to_half(float x) {   // nearbyint rounds to nearest, ties to even
+    unsigned short sign = __float_as_int(x) < 0 ? 0x8000 : 0;
+    float a = fabsf(x);
+    if (a != a) return 0x7fff;
+    if (a >= 65520) return sign | 0x7c00;
+    int e = -13;                                 // a = steps * 2^(e - 11); below 2^-14 the steps stay the same
+    if (a >= 0x1p-14f) frexpf(a, &e);
+    int steps = nearbyintf(ldexpf(a, 11 - e));
+    return sign | (steps + ((e + 13) << 10));    // a step count of 2048 carries into the exponent by itself
+}
+
+#include "kernels.cu"
+
+typedef unsigned long long u64;
+template <class A> A take(u64*& word) { A a; memcpy(&a, word, sizeof a); word += sizeof(a) / 8; return a; }
+template <class... A> std::function<void(u64*)> kernel(void (*f)(A...)) {
+    return [f](u64* words) { std::apply(f, std::tuple<A...>{take<A>(words)...}); };
+}
+std::function<void(u64*)> table[] = {KERNELS};
+
+// The file holds: which kernel, grid, block, number of words, the words, number of memory blocks, number of pointers;
+// per memory block its size; per pointer its word and its memory block (the word then holds the offset in it); the
+// memory. Memory is allocated to the byte, so that the address sanitizer sees every step beyond, and written back.
+int main(int, char** argv) {
+    FILE* file = fopen(argv[1], "r+b");
+    auto number = [&] { u64 n; if (fread(&n, 8, 1, file) != 1) exit(3); return n; };
+    u64 which = number();
+    gridDim.x = number(), gridDim.y = number(), blockDim.x = number(), blockDim.y = number();
+    std::vector<u64> words(number());
+    for (u64& w : words) w = number();
+    std::vector<u64> sizes(number()), pointers(2 * number());
+    for (u64& s : sizes) s = number();
+    for (u64& p : pointers) p = number();
+    long start = ftell(file);
+    std::vector<char*> memory;
+    for (u64 s : sizes) {
+        memory.push_back((char*)malloc(s));
+        if (fread(memory.back(), 1, s, file) != s) exit(3);
+    }
+    for (u64 p = 0; p < pointers.size(); p += 2) words[pointers[p]] += (u64)memory[pointers[p + 1]];
+
+    unsigned threads = blockDim.x * blockDim.y;
+    of_block = std::make_unique<std::barrier<>>(threads);
+    for (unsigned w = 0; w < threads; w += 32) of_warp_lanes.push_back(std::make_unique<std::barrier<>>(32));
+    std::vector<std::jthread> team;
+    for (unsigned t = 0; t < threads; t++) team.emplace_back([&, t] {
+        threadIdx = {t % blockDim.x, t / blockDim.x};
+        for (u64 b = 0; b < (u64)gridDim.x * gridDim.y; b++) {
+            blockIdx = {unsigned(b % gridDim.x), unsigned(b / gridDim.x)};
+            table[which](words.data());
+            __syncthreads();   // the next block takes over the shared memory
+        }
+    });
+    team.clear();   // joins
+    fseek(file, start, SEEK_SET);
+    for (size_t m = 0; m < memory.size(); m++) fwrite(memory[m], 1, sizes[m], file), free(memory[m]);
+    return fclose(file);
+}
+"""
+
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+INSTANCES = {"": [n for t in kernels._TYPES.values() for n in kernels._instances(t)],   # by sanitizer
+            "thread": kernels._instances("bf16"), "address": kernels._instances("bf16")}
+
+
+@functools.cache
+def shim_builds():
+    """kernels.cu for CPU threads: plain, and under each sanitizer. All three compilers start at once -> the folder
+    that holds the programs, and sanitizer -> (program, its compiler)."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++: kernels.cu cannot be run on the CPU")
+    folder, builds, count = tempfile.TemporaryDirectory(prefix="ncn_kernels_"), {}, iter(range(99))
+    source = re.sub(r"__syncthreads\(\)", lambda _: f"__syncthreads({next(count)})", kernels._SOURCE.read_text())
+    Path(folder.name, "kernels.cu").write_text(source)
+    for sanitizer, names in INSTANCES.items():
+        program = Path(folder.name, f"run_{sanitizer}")
+        text = SHIM.replace("KERNELS", ", ".join(f"kernel({n})" for n in names))
+        program.with_suffix(".cpp").write_text(text)
+        command = ["g++", "-std=c++20", "-O1", "-g1", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+                   "-fno-strict-aliasing", "-o", program, program.with_suffix(".cpp")]
+        command += [f"-fsanitize={sanitizer}"] if sanitizer else []
+        builds[sanitizer] = program, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return folder, builds
+
+
+def cpu_threads(sanitizer="", removed_barrier=None):
+    """A launcher, like kernels._cuda's, that runs each kernel in a process of its own on CPU threads."""
+    folder, builds = shim_builds()
+    program, compiler = builds[sanitizer]
+    if compiler.poll() is None or compiler.stderr:
+        errors = compiler.communicate()[1]
+        compiler.stderr = None
+        assert compiler.returncode == 0 and not errors, errors
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+    if removed_barrier is not None:
+        environment["NCN_REMOVED_BARRIER"] = str(removed_barrier)
+
+    def launch(name, grid, block, args):
+        words, starts = kernels._pack(args)
+        base, words, storages, pointers = starts[0], list(words), {}, []
+        for arg, start in zip(args, starts):
+            if isinstance(arg, torch.Tensor):   # an address becomes an offset in the memory block of its storage
+                storage, word = arg.untyped_storage(), (start - base) // 8
+                storages.setdefault(storage.data_ptr(), storage)
+                pointers += [word, list(storages).index(storage.data_ptr())]
+                words[word] -= storage.data_ptr()
+        memory = [np.ctypeslib.as_array((ctypes.c_uint8 * s.nbytes()).from_address(a)) for a, s in storages.items()]
+        head = [INSTANCES[sanitizer].index(name), *grid, *block, len(words), *words, len(memory), len(pointers) // 2,
+                *map(len, memory), *pointers]
+        file = Path(folder.name, "launch")
+        file.write_bytes(struct.pack(f"{len(head)}q", *head) + b"".join(m.tobytes() for m in memory))
+        done = subprocess.run([program, file], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, f"{name} {grid} {block}: {done.stderr[:3000]}"
+        back = np.fromfile(file, np.uint8, offset=8 * len(head))
+        for m in memory:
+            m[:], back = back[:len(m)], back[len(m):]
+    return launch
+
+
+# ---- Values.
+
+@pytest.fixture
+def poison():
+    """torch.empty is filled with NaN: a number that a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(9).isnan().all() and torch.ones(9).new_empty(9).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_rounded(got, want, dtype, what):
+    """Equal up to one rounding to got's dtype of a result that is good to fp32. Where matrix products in half precision
+    come before (linear_ce), up to a few."""
+    want = want.double()
+    rounding = torch.finfo(got.dtype).eps / 2 if got.is_floating_point() else 0
+    scale = max(1.0, want.where(want.isfinite(), 0).abs().max().item())   # of 1: where large terms cancel
+    if "linear_ce" in what:
+        rounding, scale = 0, scale * (1 + 4 * torch.finfo(dtype).eps / 4e-6)
+    bound = 1.02 * rounding * want.abs() + 4e-6 * scale + (6e-8 if got.dtype == torch.float16 else 1e-30)
+    wrong = ~(((got.double() - want).abs() <= bound) | (got.double() == want) | (got.isnan() & want.isnan()))
+    assert got.shape == want.shape and not wrong.any(), (what, wrong.sum(), got[wrong][:5], want[wrong][:5])
+
+
+def compare_kernels(monkeypatch, device, launch, rows, d, dtype, seed=0, only=""):
+    monkeypatch.setitem(kernels._launchers, device, launch)
+    for name, (function, reference, inputs, _) in kernels.cases(rows, d, dtype, device, seed).items():
+        if only in name:
+            for got, want in zip(kernels.step(function, inputs)(), kernels.exact(reference, inputs), strict=True):
+                assert_rounded(got, want, dtype, f"{name} {rows} x {d} {dtype}")
+
+
+EVERY_DTYPE = pytest.mark.parametrize("dtype", list(kernels._TYPES), ids=str)
+KERNEL_SHAPES = ((1, 1), (37, 7), (300, 31), (19, 256), (6, 257), (2, 515))   # rows, width
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("path", ["twin", "cpu threads"])
+def test_kernel_values(path, dtype, monkeypatch, poison):
+    rng = np.random.default_rng(list(kernels._TYPES).index(dtype))
+    shapes = KERNEL_SHAPES + tuple((int(rng.integers(1, 40)), int(rng.integers(1, 120))) for _ in range(2))
+    launch = cpu_threads() if path != "twin" else "twin"
+    for seed, (rows, d) in enumerate(shapes):
+        compare_kernels(monkeypatch, CPU, launch, rows, d, dtype, seed)
+
+
+@pytest.mark.parametrize("name, rows, d", [("rms", 6, 4100), ("modulate", 3, 5001), ("softmax", 3, 1100)])
+def test_kernel_rows_wider_than_registers(name, rows, d, monkeypatch, poison):
+    compare_kernels(monkeypatch, CPU, cpu_threads(), rows, d, torch.bfloat16, only=name)   # softmax: 4 d + 1 logits
+
+
+def test_kernel_widest_row(monkeypatch, poison):
+    x, w = torch.randn(1, 65536, dtype=torch.float16), torch.ones(65536)
+    monkeypatch.setitem(kernels._launchers, CPU, cpu_threads())
+    assert_rounded(kernels.rms_norm(x, w), x.double() / x.double().square().mean().add(1e-5).sqrt(), x.dtype, "wide")
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("path", ["twin", "cpu threads"])
+def test_kernel_extreme_values(path, dtype, monkeypatch, poison):
+    monkeypatch.setitem(kernels._launchers, CPU, cpu_threads() if path != "twin" else "twin")
+    V, inf, nan = 71, float("inf"), float("nan")
+    rows = torch.stack([torch.full((V,), 1e4), torch.full((V,), -1e4), torch.zeros(V),
+                        torch.where(torch.arange(V) == 5, 1e4, -1e4), torch.where(torch.arange(V) == 7, 0.0, -inf),
+                        torch.linspace(-1e4, 1e4, V), torch.where(torch.arange(V) < 70, -inf, 3.0), torch.randn(V),
+                        torch.full((V,), -inf), torch.where(torch.arange(V) == 3, nan, 1.0)]).to(dtype)
+    for target in (5, 7, 70, -1):
+        targets = torch.full((len(rows),), target)
+        want = rows.double().log_softmax(1)
+        p = (want.exp() - F.one_hot(targets.clamp(min=0), V)) * (target >= 0)
+        logits = torch.full((len(rows), V + 9), 3.0, dtype=dtype)   # rows further apart than they are wide
+        logits[:, :V] = rows
+        loss, gradient = kernels._softmax_loss(logits[:, :V], targets, True)
+        good = slice(0, 8 if target >= 0 else None)                 # the last two rows: NaN where the target counts
+        assert_rounded(loss, -want[:, target] if target >= 0 else torch.zeros(len(rows)), dtype, "softmax")
+        assert_rounded(gradient[:8], p[:8], dtype, "softmax")
+        assert (logits[:, V:] == 3).all() and (good.stop is None or gradient[8].isnan().all())
+        loss_alone, _ = kernels._softmax_loss(rows.clone(), targets, False)
+        assert torch.equal(loss_alone[good], loss[good])
+
+    z = torch.tensor([[-1e4] * 3, [1e4] * 3, [inf] * 3, [-inf] * 3, [0.0] * 3, [nan] * 3]).to(dtype).requires_grad_()
+    signals, deviation = kernels.actuate(z)
+    assert signals.dtype == deviation.dtype == torch.float32 and deviation.isnan().all()
+    want = torch.tensor([[0, 0.01, 0], [2, 4, 1], [2, 4, 1], [0, 0.01, 0], [1, 0.7031472, 0.5], [nan] * 3])
+    assert_rounded(signals.detach(), want, torch.float32, "actuate")
+    slope, = torch.autograd.grad(signals[:5].sum() + 0 * deviation.nan_to_num().sum(), z)
+    assert not slope[:4].any() and torch.allclose(slope[4].float(), torch.tensor([0.5, 0.5, 0.25]))
+
+    x = torch.tensor([[0.0] * 9, [6e4] * 9, [6e-8] * 9]).to(dtype)
+    y = kernels.rms_norm(x, torch.ones(9))
+    assert_rounded(y, x.double() * (x.double().square().mean(1, keepdim=True) + 1e-5).rsqrt(), dtype, "rms_norm")
+
+
+@pytest.mark.parametrize("path", ["twin", "cpu threads"])
+def test_kernel_views_and_mixed_types(path, monkeypatch, poison):
+    """Rows at odd addresses, a transposed input, a bfloat16 branch on a float residual, (B, T) leading dimensions."""
+    monkeypatch.setitem(kernels._launchers, CPU, cpu_threads() if path != "twin" else "twin")
+    base = torch.randn(3 * 4 * 32 + 1)
+    x, w = base[1:].view(3, 4, 32), torch.randn(33)[1:]
+    norm = lambda x, w: x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w
+    for view in (x, x.transpose(0, 1), x.transpose(1, 2)[..., :4], x.bfloat16()[..., 1:]):
+        inputs = [view.detach().requires_grad_(), w[:view.shape[-1]].clone().requires_grad_()]
+        for got, want in zip(kernels.step(kernels.rms_norm, inputs)(), kernels.exact(norm, inputs)):
+            assert_rounded(got, want, view.dtype, "rms_norm")
+    y, residual, z = torch.randn(2, 5, 33).bfloat16(), torch.randn(2, 5, 33), torch.randn(2, 5, 4, 3)
+    for pair in ((y, residual), (y, residual.bfloat16()), (y.half().transpose(0, 1), residual.half().transpose(0, 1))):
+        inputs = [t.detach().requires_grad_() for t in (*pair, z if pair[0].shape[0] == 2 else z.transpose(0, 1))]
+        for gate in (None, 2):
+            view = lambda s, k: None if k is None else s[:, :, 1, k:k + 1]
+            run = lambda y, r, s: kernels.modulate(y, r, view(s, 0), view(s, gate))
+            plain = lambda y, r, s: r + view(s, 0) * (1 if gate is None else view(s, gate)) * y
+            for got, want in zip(kernels.step(run, inputs)(), kernels.exact(plain, inputs)):
+                assert_rounded(got, want, got.dtype, "modulate")
+
+
+@pytest.mark.parametrize("path", ["twin", "cpu threads"])
+def test_kernel_cache_strides_and_positions(path, monkeypatch):
+    """Against plain slicing, over the whole of the memory behind the cache: nothing else is written."""
+    monkeypatch.setitem(kernels._launchers, CPU, cpu_threads() if path != "twin" else "twin")
+    B, h, S, d = 2, 3, 11, 20
+    for T, at, dtype in ((1, 0, torch.float32), (1, 10, torch.bfloat16), (4, 7, torch.float16), (11, 0, torch.float32)):
+        qkv = torch.randn(B, T, 3 * h * d).to(dtype)
+        k, v = (t.view(B, T, h, d).transpose(1, 2) for t in qkv.split(h * d, dim=2)[1:])
+        for swap in ((0, 0), (1, 2), (2, 3)):   # a window in the memory, with its dimensions in three orders
+            permute = lambda m: m.transpose(*swap)[:, 1:4, 2:13]
+            memory = [torch.randn(B, 5, 15, d).to(dtype).transpose(*swap).contiguous() for _ in "kv"]
+            want = [m.clone() for m in memory]
+            for m, new in zip(want, (k, v)):
+                permute(m)[:, :, at:at + T] = new
+            kernels.write_cache(*map(permute, memory), k, v, torch.tensor([at] if T == 4 else at))
+            assert all(map(torch.equal, memory, want)), (T, at)
+    if path != "twin":   # beyond the end: what fits is written, the rest goes nowhere
+        cache, k = torch.zeros(1, 1, 4, 8), torch.ones(1, 1, 3, 8)
+        kernels.write_cache(cache, cache.clone(), k, k, torch.tensor(2))
+        assert cache.sum((0, 1, 3)).tolist() == [0, 0, 8, 8]
+
+
+# ---- Races and bounds. bfloat16 takes every path of the templates: vectors, single loads, wider residual.
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_kernel_races_and_bounds(sanitizer, monkeypatch):
+    wide = ((2, 4100, "rms"),) if sanitizer == "address" else ()   # 512 threads: slow to watch, no new barrier
+    for rows, d, only in ((3, 7, ""), (19, 40, ""), (3, 70, ""), (6, 257, "rms"), (2, 257, "modulate"), *wide):
+        compare_kernels(monkeypatch, CPU, cpu_threads(sanitizer), rows, d, torch.bfloat16, only=only)
+
+
+@pytest.mark.parametrize("barrier", range(kernels._SOURCE.read_text().count("__syncthreads();")))
+def test_kernel_every_barrier_matters(barrier, monkeypatch):
+    with pytest.raises(AssertionError, match="data race"):
+        for rows, d in ((19, 40), (6, 257)):
+            compare_kernels(monkeypatch, CPU, cpu_threads("thread", barrier), rows, d, torch.bfloat16, only="rms")
+
+
+def test_kernel_address_sanitizer_sees_one_byte(monkeypatch):
+    launch = cpu_threads("address")
+    x = torch.zeros(8, dtype=torch.bfloat16)   # 9 numbers are claimed, 8 are there
+    with pytest.raises(AssertionError, match="heap-buffer-overflow"):
+        launch("rms_norm_forward<bf16>", (1, 1), (32, 8),
+               (torch.empty_like(x), torch.zeros(1), x, torch.zeros(9), 1, 9, 1e-5))
+
+
+# ---- The GPU compilers.
+
+def all_instances():
+    return f"void* instances[] = {{{', '.join(f'(void*){n}' for n in INSTANCES[''])}}};\n"
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_kernel_nvcc(tmp_path):
+    source = tmp_path / "all.cu"
+    source.write_text(kernels._SOURCE.read_text() + all_instances())
+    command = ["nvcc", "-cubin", "-std=c++17", "-Xptxas", "-v", "-o"]
+    jobs = {sm: subprocess.Popen([*command, tmp_path / f"{sm}.cubin", f"-arch=sm_{sm}", source], stderr=subprocess.PIPE,
+                                 text=True) for sm in (75, 80, 90)}
+    for sm, job in jobs.items():
+        log = job.communicate()[1]
+        assert job.returncode == 0 and "warning" not in log, log
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        assert len(spills) == len(INSTANCES[""]) and set(spills) == {("0", "0")}, log
+        # 512 threads at 64 registers: two blocks fill a processor's 65,536
+        assert max(map(int, re.findall(r"Used (\d+) registers", log))) <= 64, (sm, log)
+
+
+@pytest.mark.parametrize("major", ["12", "13"])
+def test_kernel_nvrtc(major):
+    """The compiler that is used at run time, with no include path. It needs no GPU."""
+    try:
+        nvrtc = kernels._nvrtc(major)
+    except OSError as error:
+        pytest.skip(f"no NVRTC {major}: {error}")
+    symbols, cubin = kernels._compile(nvrtc, kernels._instances("bf16"), "90")
+    assert cubin[:4] == b"\x7fELF" and set(symbols) == set(kernels._instances("bf16"))
+    assert all(s.encode() in cubin for s in symbols.values())
+    with pytest.raises(RuntimeError, match="no_such_kernel"):
+        kernels._compile(nvrtc, ["no_such_kernel<float>"], "90")
+
+
+# ---- The road to the GPU, with a driver that only writes down what it is asked.
+
+class FakeDriver:
+    """Stands in for libcuda: notes every call; a launch is decoded as the GPU would read it."""
+
+    def __init__(self, fail=None):
+        self.calls, self.fail = [], fail
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.calls.append(name)
+            if name == "cuModuleGetFunction":
+                args[0]._obj.value = 1000 + self.calls.count(name)
+            if name == "cuLaunchKernel":
+                self.launch = (args[0].value, *args[1:8], args[8].value)
+                self.words = [ctypes.cast(p, ctypes.POINTER(ctypes.c_int64))[0] for p in args[9]]
+                self.strides = list(ctypes.cast(args[9][-1], ctypes.POINTER(ctypes.c_int64))[:4])
+            return 1 if name == self.fail else 0
+        return call
+
+
+def test_kernel_launch(monkeypatch):
+    monkeypatch.setattr(kernels, "_cubin", lambda narrow, arch: ({n: n for n in kernels._instances(narrow)}, b""))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 0x123456789a}))
+    driver = FakeDriver()
+    launch = kernels._cuda(GPU, driver)
+    assert driver.calls[:3] == ["cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2", "cuModuleLoadData"]
+    loaded = driver.calls.count("cuModuleGetFunction")
+    assert loaded == len(kernels._instances("float")) and "cuLaunchKernel" not in driver.calls
+    x, args = torch.zeros(3), (1 << 40, 1e-5, None, -7, (1, 1 << 33, 3, 4))
+    for _ in range(2):   # a second launch loads nothing
+        driver.calls.clear()
+        launch("softmax_loss<float>", (5, 2), (64, 4), (x, *args))
+        assert driver.calls == ["cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
+    function = 1001 + kernels._instances("float").index("softmax_loss<float>")
+    assert driver.launch == (function, 5, 2, 1, 64, 4, 1, 0, 0x123456789a)
+    assert driver.words == [x.data_ptr(), 1 << 40, struct.unpack("q", struct.pack("d", 1e-5))[0], 0, -7, 1]
+    assert driver.strides == [1, 1 << 33, 3, 4]
+    driver.calls.clear()
+    launch("modulate_forward<bf16, float>", (1, 1), (32, 8), (x,))   # the second type is loaded when it is met
+    assert driver.calls.count("cuModuleLoadData") == 1 and driver.calls[-1] == "cuCtxPopCurrent_v2"
+    driver.fail, driver.calls = "cuLaunchKernel", []
+    with pytest.raises(RuntimeError, match="driver error 1"):
+        launch("softmax_loss<float>", (1, 1), (32, 1), (x,))
+    assert driver.calls[-1] == "cuCtxPopCurrent_v2"   # the context stack is left as it was
+
+
+def test_kernel_failed_start_falls_back(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert kernels._start(GPU) == "not an NVIDIA GPU"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(kernels.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(f"{name}: not found\nmore")))
+    assert kernels._start(GPU).endswith("not found")
+
+
+def test_kernel_grid():
+    x = torch.empty(0)
+    for width in (*range(1, 700), 4096, 4097, 50257, 65536):
+        (blocks, one), (team, teams) = kernels._grid(x, 10 ** 12, width)
+        assert one == 1 and 1 <= blocks <= 32 and team * teams <= 512 and team in (32, 64, 128, 256, 512)
+        assert team == 512 or team * 8 >= width and (team == 32 or team * 4 < width)   # the row fits, tightly
+        assert (teams == 8) == (team == 32)
+        assert kernels._grid(x, 1, width)[0] == (1, 1)
+
+
+def test_kernel_cubin_is_kept_on_disk(tmp_path, monkeypatch):
+    source = tmp_path / "kernels.cu"
+    source.write_text("// one")
+    compiled = []
+    monkeypatch.setattr(kernels, "_SOURCE", source)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(kernels, "_nvrtc", lambda major: major)
+    result = {"name": "symbol"}, b"\x7fELF\n\n\x00"
+    monkeypatch.setattr(kernels, "_compile", lambda *a: compiled.append(a) or result)
+    for arch in ("90", "90", "80"):
+        assert kernels._cubin("float", arch) == result
+    assert [c[2] for c in compiled] == ["90", "80"]
+    source.write_text("// two")
+    kernels._cubin("float", "90")
+    assert len(compiled) == 3 and len(list((tmp_path / "__pycache__").iterdir())) == 3   # no half-written file is left
+    for file in (tmp_path / "__pycache__").iterdir():
+        file.write_bytes(b"{damaged")
+    kernels._cubin("float", "90")
+    assert len(compiled) == 4
+
+
+def test_kernel_eager_where_it_must(monkeypatch):
+    """Odd types, empty tensors, two devices, torch.compile: the twin, whatever launcher there is."""
+    def never(*_):
+        raise AssertionError("launched")
+    monkeypatch.setitem(kernels._launchers, CPU, never)
+    with pytest.raises(AssertionError, match="launched"):
+        kernels.rms_norm(torch.ones(2, 3), torch.ones(3))
+    kernels.rms_norm(torch.ones(2, 3, dtype=torch.float64), torch.ones(3))
+    kernels.rms_norm(torch.ones(0, 3), torch.ones(3))
+    kernels.rms_norm(torch.ones(2, 3), torch.ones(1))   # a weight shorter than the row would be read beyond its end
+    with pytest.raises(RuntimeError):
+        kernels.write_cache(*torch.zeros(2, 1, 1, 4, 3), *torch.zeros(2, 1, 2, 1, 3), torch.tensor(0))   # 2 heads into 1
+    assert kernels.actuate(torch.zeros(2, 4, 3, dtype=torch.float64))[0].dtype == torch.float32
+    x, gain = torch.ones(2, 3), torch.ones(2, 1)
+    kernels.modulate(x, x, gain.half())
+    kernels.modulate(x, x.half(), gain)
+    kernels.modulate(x, x, torch.ones(1, 1))
+    cache = torch.zeros(1, 1, 4, 3)
+    kernels.write_cache(cache, cache.clone(), x[None, None].half(), x[None, None].half(), torch.tensor(1))
+    kernels.write_cache(cache, cache.clone(), x[None, None], x[None, None], torch.tensor(1, dtype=torch.int32))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    kernels.rms_norm(torch.ones(2, 3), torch.ones(3))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernels.path() == "kernels: eager (no GPU)"
+
+
+# ---- linear_cross_entropy.
+
+@pytest.mark.parametrize("path", ["twin", "cpu threads"])
+def test_kernel_linear_cross_entropy(path, monkeypatch, poison):
+    """fp32 against F.cross_entropy to 1e-5, over several chunks; ignored targets; no valid target; no gradient."""
+    monkeypatch.setitem(kernels._launchers, CPU, cpu_threads() if path != "twin" else "twin")
+    V, d = (50257, 8) if path == "twin" else (211, 8)
+    monkeypatch.setattr(kernels, "_CHUNK", (150 * V, 0))   # 400 rows: three chunks
+    h, w = torch.randn(2, 200, d, requires_grad=True), (torch.randn(V, d) / 3).requires_grad_()
+    targets = torch.randint(-1, V, (2, 200))
+    targets[0, :9] = -1
+    want = F.cross_entropy((h.double() @ w.double().T).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    loss = kernels.linear_cross_entropy(h, w, targets)
+    assert loss.dtype == torch.float32 and loss.shape == () and abs(loss.item() / want.item() - 1) < 1e-6
+    both = [torch.autograd.grad(3 * out, (h, w), retain_graph=True) for out in (loss, want, loss)]   # loss: twice
+    for got, exact, again in zip(*both, strict=True):
+        assert (got - exact).norm() <= 1e-5 * exact.norm() and torch.equal(got, again)
+    only_h, = torch.autograd.grad(kernels.linear_cross_entropy(h, w.detach(), targets), h)
+    assert torch.allclose(3 * only_h, both[0][0], rtol=1e-5)
+    none = kernels.linear_cross_entropy(h, w, torch.full_like(targets, -1))
+    assert none.item() == 0 and not any(g.any() for g in torch.autograd.grad(none, (h, w)))
+    with torch.no_grad():
+        assert kernels.linear_cross_entropy(h, w, targets).item() == loss.item()
+        spread = targets.flatten().int().repeat_interleave(2)[::2]   # every other number of a narrower type
+        assert kernels.linear_cross_entropy(h.flatten(0, 1), w, spread).item() == loss.item()
+
+
+@pytest.mark.parametrize("path", ["twin", "cpu threads"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kernel_linear_cross_entropy_autocast(dtype, path, monkeypatch, poison):
+    """Half precision products, fp32 sums: small terms survive over many tokens, 1/N does not underflow."""
+    monkeypatch.setitem(kernels._launchers, CPU, cpu_threads() if path != "twin" else "twin")
+    N, V, d = (1000, 40000, 4) if path == "twin" else (400, 300, 4)
+    monkeypatch.setattr(kernels, "_CHUNK", (150 * V, 0))
+    h, w = torch.randn(N, d, requires_grad=True), torch.randn(V, d, requires_grad=True)
+    targets = torch.randint(0, 50, (N,))
+    with torch.autocast("cpu", dtype=dtype):
+        loss = kernels.linear_cross_entropy(h, w, targets)
+    got = torch.autograd.grad(loss, (h, w))
+    half = [t.detach().to(dtype).double().requires_grad_() for t in (h, w)]
+    want = F.cross_entropy(half[0] @ half[1].T, targets)
+    exact = torch.autograd.grad(want, half)
+    assert loss.dtype == torch.float32 and abs(loss.item() / want.item() - 1) < 2e-3
+    for g, e, source in zip(got, exact, (h, w)):
+        assert g.dtype == source.dtype == torch.float32
+        assert (g - e).norm() <= 4 * torch.finfo(dtype).eps * e.norm() and (g == 0).float().mean() < 1e-3
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.filterwarnings("ignore")
+def test_kernel_under_torch_compile():
+    def model(x, w, z, head, targets, cache, position):
+        x = kernels.rms_norm(x, w)
+        signals, deviation = kernels.actuate(z)
+        x = kernels.modulate(x, x, signals[..., 0, :1], signals[..., 0, 2:])
+        kernels.write_cache(cache, cache, x[:, None, :2], x[:, None, 2:4], position)
+        return kernels.linear_cross_entropy(x, head, targets) + deviation.sum()
+
+    inputs = [torch.randn(s, requires_grad=True) for s in ((2, 4, 16), (16,), (2, 4, 2, 3), (30, 16))]
+    rest = torch.randint(-1, 30, (2, 4)), torch.zeros(2, 1, 6, 16), torch.tensor([3])
+    plain = model(*inputs, *rest)
+    compiled = torch.compile(model, fullgraph=True)(*inputs, *rest)
+    assert torch.allclose(plain, compiled)
+    for a, b in zip(torch.autograd.grad(plain, inputs), torch.autograd.grad(compiled, inputs)):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_kernel_table(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "_launchers", {})
+    monkeypatch.setitem(sys.modules, "test_ncn", sys.modules[__name__])
+    monkeypatch.setattr(kernels, "cases", lambda *a, all=kernels.cases: dict(list(all(7, 32, *a[2:]).items())[1:3]))
+    kernels.main()
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == kernels.path() and len([line for line in out if line[:1] in "23"]) == 6
+
+
+def model_with_and_without_kernels(device, launch, monkeypatch):
+    """Loss and every gradient of a small model, with the fused kernels and with the twins."""
+    results = []
+    for launcher in (launch, "twins"):
+        monkeypatch.setitem(kernels._launchers, device, launcher)
+        model = lively().to(device)
+        ids = tokens(2, 13).to(device)
+        model(ids[:, :-1], ids[:, 1:]).total.backward()
+        results.append([model(ids).detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_kernel_model_on_cpu_threads(monkeypatch):
+    model_with_and_without_kernels(CPU, cpu_threads(), monkeypatch)
+
+
+# ---- On a GPU: the same cases.
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@EVERY_DTYPE
+def test_kernel_on_gpu(dtype, monkeypatch, poison):
+    assert kernels.path() == "kernels: fused CUDA"
+    for seed, (rows, d) in enumerate(KERNEL_SHAPES + ((8192, 256), (333, 5000), (3, 16384))):
+        compare_kernels(monkeypatch, GPU, kernels._launchers[GPU], rows, d, dtype, seed)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_kernel_model_on_gpu(monkeypatch):
+    assert kernels.path() == "kernels: fused CUDA"
+    model_with_and_without_kernels(GPU, kernels._launchers[GPU], monkeypatch)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_kernel_graph_replays_at_new_positions():
+    """A captured write goes where the position on the device says at replay; other streams and views are respected."""
+    cache = [torch.zeros(1, 2, 9, 16, device=GPU) for _ in "kv"]
+    k, v = (torch.ones(1, 2, 1, 16, device=GPU) for _ in "kv")
+    position = torch.zeros(1, dtype=torch.int64, device=GPU)
+    kernels.write_cache(*cache, k, v, position)   # loads the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernels.write_cache(*cache, k, v, position)
+    for at in (4, 8, 2):
+        position.fill_(at)
+        k.fill_(at)
+        graph.replay()
+    assert cache[0][0, 1, :, 0].tolist() == [1, 0, 2, 0, 4, 0, 0, 0, 8]
+    assert cache[1][0, 1, :, 0].tolist() == [1, 0, 1, 0, 1, 0, 0, 0, 1]

@@ -37,7 +37,7 @@ from prepare import fail
 SETTINGS = {
     #                      paper     laptop
     "block_size":         (512,      512,      "context length, tokens"),
-    "n_layer":            (6,        4,        "Transformer blocks"),
+    "n_layer":            (6,        3,        "Transformer blocks"),
     "n_head":             (8,        4,        "attention heads per block"),
     "n_embd":             (256,      128,      "width of the model"),
     "dropout":            (0.1,      0.0,      "share of embeddings and branch outputs dropped in training"),
@@ -48,18 +48,18 @@ SETTINGS = {
                                                            "controller, the plain Transformer",),
     "salience":           ("causal", "causal", "what the controller sees: causal (the past), global (the past and the "
                                                "future, as the paper trains), reactive (one token)"),
-    "batch_size":         (16,       4,        "sequences per micro-batch"),
+    "batch_size":         (16,       1,        "sequences per micro-batch"),
     "grad_accum":         (4,        2,        "micro-batches per optimizer step, over all processes"),
-    "max_steps":          (0,        800,      "optimizer steps; 0: one epoch"),
-    "lr":                 (6e-4,     3e-3,     "peak learning rate; cosine to 0 at max_steps"),
-    "warmup_steps":       (100,      50,       "steps of linear warm-up"),
+    "max_steps":          (0,        3600,     "optimizer steps; 0: one epoch"),
+    "lr":                 (6e-4,     2e-3,     "peak learning rate; cosine to 0 at max_steps"),
+    "warmup_steps":       (100,      100,      "steps of linear warm-up"),
     "beta1":              (0.9,      0.9,      "AdamW's decay of the gradient's mean"),
     "beta2":              (0.999,    0.99,     "AdamW's decay of the gradient's square"),
     "weight_decay":       (0.1,      0.1,      "AdamW's weight decay, on matrices only"),
     "grad_clip":          (1.0,      1.0,      "largest norm of the gradient; 0: no clipping"),
-    "eval_interval":      (500,      100,      "steps between validations, each followed by a checkpoint"),
+    "eval_interval":      (500,      400,      "steps between validations, each followed by a checkpoint"),
     "val_sequences":      (3200,     128,      "windows of the validation set, the same in every run"),
-    "log_interval":       (20,       5,        "steps between log lines"),
+    "log_interval":       (20,       20,       "steps between log lines"),
     "seed":               (42,       42,       "of the weights, the data order and the dropout"),
 }
 MODEL = [f.name for f in fields(NCNConfig)]
@@ -106,12 +106,13 @@ def read_tokens(path, vocab_size, block_size):
     if os.path.getsize(path) % 2:
         raise ValueError(f"{path} has an odd number of bytes, it is cut short: run prepare.py again")
     if os.path.getsize(path) // 2 <= block_size:
-        raise ValueError(f"{path} holds {os.path.getsize(path) // 2} tokens, fewer than one window of {block_size} + 1: "
+        raise ValueError(f"{path} holds {os.path.getsize(path) // 2} tokens, fewer than a window of {block_size} + 1: "
                          "prepare more text or lower --block_size")
     tokens = np.memmap(path, dtype="<u2", mode="r")
     highest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
     if highest >= vocab_size:
-        raise ValueError(f"{path} holds token id {highest}, beyond the vocabulary of {vocab_size}: run prepare.py again")
+        raise ValueError(f"{path} holds token id {highest}, beyond the vocabulary of {vocab_size}: "
+                         "run prepare.py again")
     return tokens
 
 
@@ -186,8 +187,8 @@ def settle(args, cuda, ckpt):
         settings, notes = dict(ckpt["settings"]), []
         changed = {name for name in given if given[name] != settings[name]}
         if refused := sorted(changed & set(MODEL)):
-            raise ValueError(f"--resume cannot change the model: --{refused[0]} is {given[refused[0]]}, the checkpoint has "
-                             f"{settings[refused[0]]}; leave the flag out, or start a new run without --resume")
+            raise ValueError(f"--resume cannot change the model: --{refused[0]} is {given[refused[0]]}, the checkpoint "
+                             f"has {settings[refused[0]]}; leave the flag out, or start a new run without --resume")
         if changed:
             notes.append(f"Changed on resume, so this is no longer the uninterrupted run: {', '.join(sorted(changed))}")
     else:
@@ -228,11 +229,12 @@ def train(args):
     # Data, model, optimizer
     meta, tokenizer, vocab_size = read_meta(args.data)
     if ckpt and ckpt["data"] != meta:
-        raise ValueError(f"{args.data} is not the data this run began with: --resume needs the same, prepared the same way")
+        raise ValueError(f"{args.data} is not the data this run began with: --resume needs the same, prepared the same "
+                         "way")
     signals = tuple(filter(None, s["signals"].replace("none", "").split(",")))
-    config = NCNConfig(**{name: s[name] for name in MODEL if name in s} | {"vocab_size": vocab_size, "signals": signals})
+    config = NCNConfig(**{name: s[name] for name in MODEL if name in s} | dict(vocab_size=vocab_size, signals=signals))
     T, B = config.block_size, s["batch_size"]
-    tokens, val_tokens = (read_tokens(os.path.join(args.data, f"{split}.bin"), vocab_size, T) for split in ("train", "val"))
+    tokens, val_tokens = (read_tokens(os.path.join(args.data, f"{x}.bin"), vocab_size, T) for x in ("train", "val"))
     count = (len(tokens) - 1) // T
     if count < B:
         raise ValueError(f"{args.data} holds {count} windows of {T} tokens, fewer than --batch_size {B}")
@@ -302,8 +304,8 @@ def train(args):
 
     def save(path):
         if rank == 0:
-            model.save(path, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, best=best, settings=s,
-                       dtype=dtype, data=meta, tokenizer=tokenizer)
+            model.save(path, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, best=best,
+                       settings=s, dtype=dtype, data=meta, tokenizer=tokenizer)
 
     @torch.no_grad()
     def validate():
@@ -332,21 +334,21 @@ def train(args):
             log(f"Interrupted after step {step}: saved {latest}, go on with --resume")
             raise Interrupted(128 + int(number))
 
-    future = " | global salience: sees the future, no likelihood" if config.salience == "global" and model.controller else ""
+    sees_future = model.controller and config.salience == "global"
+    future = " | global salience: sees the future, no likelihood" if sees_future else ""
     floor = meta.get("entropy_nats_per_token")
     for note in notes:
         log(note)
-    total_size, controller_size = (sum(p.numel() for p in part.parameters()) if part else 0
-                                   for part in (model, model.controller))
-    log(f"{total_size:,} parameters, {controller_size:,} of them the controller's | {device.type} x {world} | {kernels.path()}")
-    log("Settings: " + " ".join(f"{name}={s[name]}" for name in ("signals", "salience", "n_layer", "n_head", "n_embd", "block_size",
-                                                                 "batch_size", "grad_accum", "lr", "seed")) + f" dtype={dtype}")
+    whole, part = (sum(p.numel() for p in m.parameters()) if m else 0 for m in (model, model.controller))
+    log(f"{whole:,} parameters, {part:,} of them the controller's | {device.type} x {world} | {kernels.path()}")
+    log("Settings: " + " ".join(f"{name}={s[name]}" for name in (
+        "signals", "salience", "n_layer", "n_head", "n_embd", "block_size", "batch_size", "grad_accum", "lr", "seed")))
     log(f"{dtype}: {why}")
-    log(f"{s['max_steps']:,} steps of {B * T * s['grad_accum']:,} tokens, from {args.data}: {len(tokens):,} {tokenizer} tokens "
-        f"to train on, {len(chosen)} windows to validate on")
+    log(f"{s['max_steps']:,} steps of {B * T * s['grad_accum']:,} tokens, from {args.data}: {len(tokens):,} tokens "
+        f"({tokenizer}) to train on, {len(chosen)} windows to validate on")
     if future:
-        log("Salience is global, as in the paper: every position sees the whole text, the future included. The loss is not a "
-            "language model's likelihood and exp(loss) not a perplexity that other models' can be compared with.")
+        log("Salience is global, as in the paper: every position sees the whole text, the future included. The loss is "
+            "not a language model's likelihood, and exp(loss) no perplexity to compare with other models'.")
     if floor:
         log(f"These stories' own entropy is {floor:.4f} nats per token: no model can do better")
 
@@ -361,7 +363,7 @@ def train(args):
             micro = step * s["grad_accum"] + j * world + rank
             epoch, place = divmod(micro, per_epoch)
             x, y = windows(tokens, shuffled(s["seed"], epoch, count)[place * B : (place + 1) * B], T, device)
-            torch.manual_seed(int(np.random.SeedSequence((s["seed"], micro)).generate_state(1)[0]))  # dropout
+            torch.manual_seed(int(np.random.SeedSequence((s["seed"], micro)).generate_state(1)[0]))  # for the dropout
             last = j == share - 1
             with run.no_sync() if world > 1 and not last else contextlib.nullcontext():  # gradients meet once per step
                 with autocast():
@@ -382,17 +384,17 @@ def train(args):
             task, homeostatic = (total(sums.clone()) / (counted * world)).tolist()
             healthy = total(torch.isfinite(norm).float()).item() == world or scaler.is_enabled()
             if not math.isfinite(task) or not healthy:
-                kept = f"the last good checkpoint is {latest}" if os.path.exists(latest) else "no checkpoint was written yet"
-                log(f"Stopped: loss {task}, gradient norm {norm.item()} at step {step}; {kept}; try a lower --lr")
-                raise FloatingPointError(f"the loss or its gradient is not finite at step {step}; {kept}; try a lower --lr")
+                kept = f"the last good checkpoint is {latest}" if os.path.exists(latest) else "there is no checkpoint"
+                log(f"Stopped: loss {task}, gradient norm {norm.item()} at step {step}")
+                raise FloatingPointError(f"loss or gradient not finite at step {step}; {kept}; try a lower --lr")
             now = time.perf_counter()
             speed = counted * world * B * T / (now - clock)
             done = step * s["grad_accum"]
             epoch, place = (done - 1) // per_epoch, (done - 1) % per_epoch + 1
             scale = scaler.get_scale() if scaler.is_enabled() else 1.0
-            log(f"Step: {step} | Ep: {epoch + 1} [{place}/{per_epoch} ({100 * place / per_epoch:.1f}%)] | Loss: {task:.4f} | "
-                f"Reg: {homeostatic:.4f} | PPL: {math.exp(min(task, 700)):.2f} | LR: {rate:.2e} | Scale: {scale:.1f} | "
-                f"Tok/s: {speed:.0f}{future}")
+            log(f"Step: {step} | Ep: {epoch + 1} [{place}/{per_epoch} ({100 * place / per_epoch:.1f}%)] | "
+                f"Loss: {task:.4f} | Reg: {homeostatic:.4f} | PPL: {math.exp(min(task, 700)):.2f} | LR: {rate:.2e} | "
+                f"Scale: {scale:.1f} | Tok/s: {speed:.0f}{future}")
             sums.zero_()
             counted, clock = 0, now
         if evaluate:
