@@ -85,7 +85,10 @@ def main():
             raise ValueError(f"{args.ckpt} has no controller to dose: it was trained with --signals none")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
-        prompt = [tokenizer.encode_ordinary(args.prompt)] * args.num_samples
+        if not args.prompt:
+            raise ValueError("the prompt has no tokens: give the text some beginning")
+        # In training every story follows the end of another one: the same mark says here that a story begins.
+        prompt = [[tokenizer.eot_token, *tokenizer.encode_ordinary(args.prompt)]] * args.num_samples
         prompt, dose = torch.tensor(prompt, dtype=torch.long, device=device), torch.tensor(doses, device=device)
         stream = model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
                               args.salience, lambda signals: signals * dose, tokenizer.eot_token)

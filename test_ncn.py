@@ -631,6 +631,9 @@ def test_sampling_writes_text(trained):
     one, again, three = say(), say(), say("--num_samples", 3)
     assert one.returncode == three.returncode == 0 and one.stdout == again.stdout
     assert one.stdout.startswith("Once upon") and len(one.stdout) > 60 and re.search(r"\d+ tokens/s", one.stderr)
+    model, ids = ModulatedLM.load(ckpt), torch.tensor([[256, *b"Once upon"]])  # after the end of another story
+    expected = model.generate(ids, 256, seed=3, end_token=256)[0, 1:].tolist()
+    assert one.stdout.startswith(get_tokenizer("bytes").decode(expected)[:20])
     rows = three.stdout.split("\n---\n")
     assert len(rows) == 3 and rows[0] + "\n" == one.stdout and len(set(rows)) == 3
     assert say("--gain=0").stdout != one.stdout
