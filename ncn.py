@@ -238,10 +238,10 @@ class Block(nn.Module):
             q = q * precision.to(q.dtype)  # Eq. 8: beta sharpens or flattens; keys stay as they are, so they can be
             #                                cached
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, h, T, d/h)
+        mask = None  # a single query is the newest token: it may see everything
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, h, cache.length + T, d/h)
-        # A single query is the newest token: it may see everything, no mask needed.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # Eq. 9
+            k, v, mask = cache.append(layer, k, v)  # (B, h, tokens so far or slots, d/h)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1)  # Eq. 9
         return self.attn_out(y.transpose(1, 2).flatten(2))
 
 
@@ -256,15 +256,20 @@ class Cache:
         self.salience = [torch.zeros(batch, *s, device=weight.device) for s in ((h,), (h,), (h, c.n_embd // h))]
         self.length = 0  # tokens held, on the host ...
         self.position = torch.zeros((), dtype=torch.long, device=weight.device)  # ... and on the device
+        self.slots = torch.arange(c.block_size, device=weight.device)
+        self.fixed = weight.is_cuda  # whether a step reads all slots, so that it is the same work at every position
 
     def append(self, layer, k, v):
+        """Takes in new keys and values (B, h, T, d/h) -> those to attend to, and a mask of which (None: all)."""
         write_cache(self.k[layer], self.v[layer], k, v, self.position)
+        if self.fixed and k.size(2) == 1:  # a CUDA graph of this step can be replayed: nothing here asks the host
+            return self.k[layer], self.v[layer], (self.slots <= self.position)[None]  # mask (1, slots)
         end = self.length + k.size(2)
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end], None
 
     def advance(self, n):
         self.length += n
-        self.position.fill_(self.length)
+        self.position += n
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -290,20 +295,25 @@ class ModulatedLM(nn.Module):
             elif p.dim() > 1:  # GPT-2: the branches' last projections are scaled so that depth does not add variance
                 branch_end = name.endswith(("attn_out.weight", "ffn_out.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if branch_end else 0.02)
+        # The position embeddings are learned, but they start as sinusoids (Vaswani et al. 2017): "the token before" is then
+        # one rotation for all positions, instead of 512 facts to learn. Measured on the demo stories: 1.5 times fewer steps.
+        phase = torch.arange(config.block_size)[:, None] * 1e-4 ** torch.linspace(0, 1, -(-config.n_embd // 2))
+        with torch.no_grad():
+            self.position.weight.copy_(0.1 * torch.cat([phase.sin(), phase.cos()], dim=1)[:, : config.n_embd])
         if self.controller:
             self.controller.start_neutral()
 
-    def embeddings(self, ids, start=0):
-        """ids (B, T) at positions start.. -> (B, T, d): what the blocks get, and what the controller reads."""
-        T = ids.size(1)
+    def embeddings(self, ids, cache=None):
+        """ids (B, T), after the cache's tokens -> (B, T, d): what the blocks get and the controller reads."""
+        T, start = ids.size(1), cache.length if cache else 0
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit into block_size {self.config.block_size}")
-        x = self.embed(ids) + self.position.weight[start : start + T]
-        return F.dropout(x, self.config.dropout, self.training)
+        where = cache.position + cache.slots[:T] if cache else slice(T)
+        return F.dropout(self.embed(ids) + self.position.weight[where], self.config.dropout, self.training)
 
     def hidden(self, ids, salience=None, edit=None, cache=None):
         """ids (B, T) -> the last hidden state (B, T, d), and the controller's deviation (0 without a controller)."""
-        x = self.embeddings(ids, cache.length if cache else 0)
+        x = self.embeddings(ids, cache)
         signals, deviation = [None] * self.config.n_layer, x.new_zeros(())
         if self.controller:
             salience = salience or self.config.salience

@@ -302,6 +302,21 @@ def test_cached_generation_is_the_full_pass(salience, trained_as):
     assert len(seen) > 8  # not stuck on one token, where any cache would look right
 
 
+def test_a_step_over_fixed_slots_is_the_same():
+    """What a GPU decodes with: all slots of the cache, the unwritten ones masked, positions read on the device."""
+    model, ids = lively(), tokens(2, 16)
+    for fixed in (False, True):
+        cache = ncn.Cache(model, 2)
+        cache.k.fill_(9e3), cache.v.fill_(9e3)  # what was never written must not count
+        cache.fixed = fixed
+        with torch.no_grad():
+            steps = [model.hidden(ids[:, :5], cache=cache)[0]]
+            steps += [model.hidden(ids[:, t : t + 1], cache=cache)[0] for t in range(5, 16)]
+            torch.testing.assert_close(torch.cat(steps, 1), model.hidden(ids)[0], atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match="do not fit"):
+            model.hidden(ids[:, :1], cache=cache)
+
+
 def test_window_keeps_its_last_half():
     for block_size in (2, 7, 16):
         model = lively(block_size=block_size)
@@ -2249,3 +2264,25 @@ def test_kernel_graph_replays_at_new_positions():
         graph.replay()
     assert cache[0][0, 1, :, 0].tolist() == [1, 0, 2, 0, 4, 0, 0, 0, 8]
     assert cache[1][0, 1, :, 0].tolist() == [1, 0, 1, 0, 1, 0, 0, 0, 1]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_kernel_decode_step_replays_as_a_graph():
+    model, ids = lively().to(GPU), tokens(2, 12).to(GPU)
+    with torch.no_grad():
+        full, cache, token = model.hidden(ids)[0], ncn.Cache(model, 2), ids[:, 4:5].clone()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):  # warm up: kernels are loaded, libraries make their workspaces
+            model.hidden(ids[:, :4], cache=cache)
+            model.hidden(token, cache=cache)
+        torch.cuda.current_stream().wait_stream(side)
+        cache = ncn.Cache(model, 2)
+        model.hidden(ids[:, :4], cache=cache)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # recorded, not run
+            x, _ = model.hidden(token, cache=cache)
+        for t in range(4, 12):
+            token.copy_(ids[:, t : t + 1])
+            graph.replay()
+            torch.testing.assert_close(x[:, 0], full[:, t], atol=1e-4, rtol=1e-4)
