@@ -14,10 +14,10 @@ steps. A slope within 0.001 nats per 1,000 steps of zero is "Converged", a falli
 error of 0.007 nats per 1,000 steps, seven times the threshold, so that a perfectly flat run would hardly ever pass.
 So the slope comes with its 98% interval (Student's t, wider where neighbouring errors correlate). If the interval
 holds zero, the log shows no trend, which is "Converged" too, provided that the interval is informative: narrower than
-the threshold, or allowing a drift over the window below the scatter of single points. Else there are too few points,
-and the answer is "Undecided". One flat run in fifty is called moving by chance. A run that ends in a NaN or infinite
-loss is "Diverging". And a run whose learning rate falls to 0 flattens because of that: "Converged" does not say that
-more training would not help.
+the threshold, or allowing a drift over the window below the scatter of single points. Else the slope alone decides,
+and the verdict says that it is uncertain. Below 5 points it is "Undecided". One flat run in fifty is called moving by
+chance. A run that ends in a NaN or infinite loss is "Diverging". And a run whose learning rate falls to 0 flattens
+because of that: "Converged" does not say that more training would not help.
 
 Sample efficiency (section 5.2): L(s) = a + b s^-c, a >= 0, is fitted by least squares to the smoothed loss, which here
 is the mean over bins of equal width in log s: unlike a moving average it does not lag behind the steep start. The 95%
@@ -198,7 +198,7 @@ def verdict(run, threshold=0.001, tail=0.15, z=2.326):
     elif half * (d[-1] - d[0]) <= scatter:
         name, why = "Converged", f"no trend, though noise would hide up to {half:.2g} nats per 1,000 steps"
     else:
-        name, why = "Undecided", f"{trend.lower()} by the slope alone, but {n} points are too few for their noise"
+        name, why = trend, f"uncertain: by the slope alone, {n} points are too few for their noise"
     return dict(verdict=name, why=why, slope=slope, half=half, first=first, step=x.mean(), level=y.mean())
 
 
