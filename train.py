@@ -50,7 +50,7 @@ SETTINGS = {
                                                "future, as the paper trains), reactive (one token)"),
     "batch_size":         (16,       1,        "sequences per micro-batch"),
     "grad_accum":         (4,        2,        "micro-batches per optimizer step, over all processes"),
-    "max_steps":          (0,        3400,     "optimizer steps; 0: one epoch"),
+    "max_steps":          (0,        3200,     "optimizer steps; 0: one epoch"),
     "lr":                 (6e-4,     2e-3,     "peak learning rate; cosine to 0 at max_steps"),
     "warmup_steps":       (100,      100,      "steps of linear warm-up"),
     "beta1":              (0.9,      0.9,      "AdamW's decay of the gradient's mean"),
