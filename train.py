@@ -59,7 +59,7 @@ SETTINGS = {
     "grad_clip":          (1.0,      1.0,      "largest norm of the gradient; 0: no clipping"),
     "eval_interval":      (500,      400,      "steps between validations, each followed by a checkpoint"),
     "val_sequences":      (3200,     128,      "windows of the validation set, the same in every run"),
-    "log_interval":       (20,       20,       "steps between log lines"),
+    "log_interval":       (20,       10,       "steps between log lines"),
     "seed":               (42,       42,       "of the weights, the data order and the dropout"),
 }
 MODEL = [f.name for f in fields(NCNConfig)]
