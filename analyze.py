@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from ncn import SIGNALS, ModulatedLM, load_file
 from prepare import fail, get_tokenizer
-from train import read_meta, read_tokens, windows
+from train import read_meta, read_tokens, renumber, windows
 
 # Okabe and Ito's colours stay apart for every kind of colour vision.
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY = COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #D55E00 #56B4E9".split()
@@ -342,19 +342,23 @@ def load(path):
     c, step = model.config, ckpt.get("step", "unknown")
     if not model.controller:
         raise ValueError(f"{path} was trained with --signals none: it has no controller to look into")
-    run = dict(name=os.path.join(*os.path.normpath(path).split(os.sep)[-2:]), tokenizer=tokenizer, settings=(
+    run = dict(name=os.path.join(*os.path.normpath(path).split(os.sep)[-2:]), tokenizer=tokenizer, kept=ckpt.get("kept"),
+               settings=(
         f"step {step} | salience {c.salience} | signals {','.join(c.signals)} | {c.n_layer} layers, {c.n_head} heads, "
         f"width {c.n_embd}, context {c.block_size}, controller {c.ncn_hidden} | {tokenizer} tokens"))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), get_tokenizer(tokenizer), run
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), get_tokenizer(tokenizer, run["kept"]), run
 
 
 def read_validation(folder, model, run):
-    """The validation tokens of a data folder, (N,) uint16. Raises ValueError where they do not fit the checkpoint."""
-    _, tokenizer, _ = read_meta(folder)
+    """The validation tokens of a data folder, (N,). Raises ValueError where they do not fit the checkpoint."""
+    _, tokenizer, vocab_size = read_meta(folder)
     if tokenizer != run["tokenizer"]:
         raise ValueError(f"{folder} holds {tokenizer} tokens, the checkpoint was trained on {run['tokenizer']} tokens: "
                          "name its own data with --data")
-    return read_tokens(os.path.join(folder, "val.bin"), model.config.vocab_size, model.config.block_size)
+    tokens, seen = read_tokens(os.path.join(folder, "val.bin"), vocab_size, model.config.block_size)
+    if run["kept"] and not np.isin(seen, run["kept"]).all():
+        raise ValueError(f"{folder} holds tokens that the checkpoint's vocabulary lacks: name its own data with --data")
+    return renumber(run["kept"])[tokens] if run["kept"] else tokens
 
 
 def label(token, tokenizer):

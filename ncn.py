@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kernels import actuate, linear_cross_entropy, modulate, rms_norm, write_cache
 
@@ -166,45 +167,53 @@ class Controller(nn.Module):
         with torch.no_grad():
             self.layer2.bias.copy_(torch.tensor([0.0, 0.525, 3.0]).repeat(self.n_layer))
 
-    def context(self, x, salience, state=None):
+    def folded(self):
+        """
+        The salience scores as one small product: there is a single query, so q . (Wk x + bk) = (q Wk) . x + q . bk, and
+        a (d, h) product replaces a (d, d) one. -> (h, d), (h,), in float32: these scores are exponentiated.
+        """
+        (wq, wk, _), (bq, bk, _) = self.in_proj.weight.float().chunk(3), self.in_proj.bias.float().chunk(3)
+        q = F.linear(self.query.float(), wq, bq).view(self.n_head, 1, -1)  # (h, 1, e)
+        q = q / math.sqrt(q.size(-1))
+        key = (q @ wk.unflatten(0, (self.n_head, -1))).squeeze(1)  # (h, d)
+        return key, (q.squeeze(1) * bk.unflatten(0, (self.n_head, -1))).sum(-1)
+
+    def context(self, x, salience):
         """Salience pooling, Eq. 1: x (B, T, d) -> c (B, T, d), or (B, 1, d) for `global`."""
-        wq, wk, wv = self.in_proj.weight.chunk(3)
-        bq, bk, bv = self.in_proj.bias.chunk(3)
-        value = F.linear(x, wv, bv)  # (B, T, d)
+        value = F.linear(x, self.in_proj.weight.chunk(3)[2], self.in_proj.bias.chunk(3)[2])  # (B, T, d)
         if salience == "reactive":
             return self.out_proj(value)  # a softmax over a single token is 1
-        value = value.unflatten(-1, (self.n_head, -1)).transpose(1, 2).float()  # (B, h, T, e)
-        # There is a single query, so q . (Wk x + bk) = (q Wk) . x + q . bk: a (d, h) product replaces a (d, d) one.
-        # In float32 whatever the rest runs in: these scores are exponentiated.
         with torch.autocast(x.device.type, enabled=False):
-            q = F.linear(self.query, wq, bq).float().view(self.n_head, 1, -1) / math.sqrt(value.size(-1))  # (h, 1, e)
-            key = (q @ wk.float().unflatten(0, (self.n_head, -1))).squeeze(1)  # (h, d)
-            bias = (q.squeeze(1) * bk.float().unflatten(0, (self.n_head, -1))).sum(-1)  # (h,)
-            scores = F.linear(x.float(), key, bias).transpose(1, 2)  # (B, h, T)
+            scores = F.linear(x.float(), *self.folded()).transpose(1, 2)  # (B, h, T)
+            value = value.unflatten(-1, (self.n_head, -1)).transpose(1, 2).float()  # (B, h, T, e)
             if salience == "global":
                 pooled = scores.softmax(-1)[:, :, None] @ value  # (B, h, 1, e): every token sees the future
-            elif state is None or x.size(1) > 1:
-                pooled, last = salience_pool(scores, value)  # (B, h, T, e)
-                for kept, new in zip(state or (), last):
-                    kept.copy_(new)
             else:
-                pooled = salience_step(scores[:, :, 0], value[:, :, 0], state)[:, :, None]  # (B, h, 1, e)
+                pooled, _ = salience_pool(scores, value)  # (B, h, T, e)
         return self.out_proj(pooled.transpose(1, 2).flatten(2).to(x.dtype))
 
-    def forward(self, x, salience, state=None):
-        """x (B, T, d) -> signals (B, T, L, 3) float32, and the sum of their mean squared deviations from 1."""
-        u = self.norm(self.context(x, salience, state) + x)  # tonic + phasic, Eq. 2 and 13
-        z = self.layer2(torch.tanh(self.layer1(u)))  # Eq. 3 and 14
-        z = z.unflatten(-1, (self.n_layer, 3))  # (B, T, L, 3), Eq. 4
+    def signals(self, u):
+        """Tonic + phasic, u (..., d) -> signals (..., L, 3) float32, and the sum of their mean squared deviations from 1."""
+        z = self.layer2(torch.tanh(self.layer1(self.norm(u))))  # Eq. 3 and 14
+        z = z.unflatten(-1, (self.n_layer, 3))  # (..., L, 3), Eq. 4
         signals, deviation = actuate(z)  # Eq. 5, 6, 7, with precision clamped at 4
         if not self.all_active:  # a signal that the config leaves out stays at 1 and costs nothing
             signals = torch.where(self.active, signals, 1.0)
             deviation = deviation * self.active
         return signals, deviation.sum() * (3 / z.numel())
 
+    def forward(self, x, salience):
+        """x (B, T, d) -> signals (B, T, L, 3) float32, and their deviation."""
+        return self.signals(self.context(x, salience) + x)  # Eq. 2 and 13
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Block
+
+
+def dropout(x, p, training):
+    """F.dropout, but on a CPU, too, it keeps one byte per number for the backward pass, not four."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
 class Block(nn.Module):
@@ -220,56 +229,23 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(d, 4 * d)
         self.ffn_out = nn.Linear(4 * d, d)
 
-    def forward(self, x, signals=None, cache=None, layer=0):
+    def forward(self, x, signals=None):
         """x (B, T, d), this layer's signals (B, T, 3) or None for the plain Transformer -> (B, T, d)."""
         gain, precision, gate = (None,) * 3 if signals is None else signals.split(1, dim=-1)  # (B, T, 1) each
-        x = self.add(x, self.attention(self.attn_norm(x), precision, cache, layer), gain)  # Eq. 10
+        x = self.add(x, self.attention(self.attn_norm(x), precision), gain)  # Eq. 10
         return self.add(x, self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))), gain, gate)  # Eq. 11, 12
 
     def add(self, x, branch, gain, gate=None):
         """One branch joins the residual stream, scaled by its signals."""
-        branch = F.dropout(branch, self.dropout, self.training)
+        branch = dropout(branch, self.dropout, self.training)
         return x + branch if gain is None else modulate(branch, x, gain, gate)
 
-    def attention(self, x, precision, cache, layer):
-        T = x.size(1)
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, d) each
-        if precision is not None:
-            q = q * precision.to(q.dtype)  # Eq. 8: beta sharpens or flattens; keys stay as they are, so they can be
-            #                                cached
-        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, h, T, d/h)
-        mask = None  # a single query is the newest token: it may see everything
-        if cache is not None:
-            k, v, mask = cache.append(layer, k, v)  # (B, h, tokens so far or slots, d/h)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1)  # Eq. 9
+    def attention(self, x, precision):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, h, T, d/h) each
+        if precision is not None:  # Eq. 8: beta sharpens or flattens; keys stay as they are, so they can be cached
+            q = q * precision[:, None].to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # Eq. 9
         return self.attn_out(y.transpose(1, 2).flatten(2))
-
-
-class Cache:
-    """All that generation remembers: each layer's keys and values, and the salience state. Written in place."""
-
-    def __init__(self, model, batch):
-        c, weight = model.config, model.embed.weight
-        shape = (c.n_layer, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
-        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
-        h = c.ncn_heads
-        self.salience = [torch.zeros(batch, *s, device=weight.device) for s in ((h,), (h,), (h, c.n_embd // h))]
-        self.length = 0  # tokens held, on the host ...
-        self.position = torch.zeros((), dtype=torch.long, device=weight.device)  # ... and on the device
-        self.slots = torch.arange(c.block_size, device=weight.device)
-        self.fixed = weight.is_cuda  # whether a step reads all slots, so that it is the same work at every position
-
-    def append(self, layer, k, v):
-        """Takes in new keys and values (B, h, T, d/h) -> those to attend to, and a mask of which (None: all)."""
-        write_cache(self.k[layer], self.v[layer], k, v, self.position)
-        if self.fixed and k.size(2) == 1:  # a CUDA graph of this step can be replayed: nothing here asks the host
-            return self.k[layer], self.v[layer], (self.slots <= self.position)[None]  # mask (1, slots)
-        end = self.length + k.size(2)
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end], None
-
-    def advance(self, n):
-        self.length += n
-        self.position += n
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -284,6 +260,7 @@ class ModulatedLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpoint_blocks = False  # see hidden
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head: the two are tied
         self.position = nn.Embedding(config.block_size, config.n_embd)
         self.controller = Controller(config) if config.signals else None
@@ -303,26 +280,25 @@ class ModulatedLM(nn.Module):
         if self.controller:
             self.controller.start_neutral()
 
-    def embeddings(self, ids, cache=None):
-        """ids (B, T), after the cache's tokens -> (B, T, d): what the blocks get and the controller reads."""
-        T, start = ids.size(1), cache.length if cache else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit into block_size {self.config.block_size}")
-        where = cache.position + cache.slots[:T] if cache else slice(T)
-        return F.dropout(self.embed(ids) + self.position.weight[where], self.config.dropout, self.training)
+    def embeddings(self, ids):
+        """ids (B, T) -> (B, T, d): what the blocks get and the controller reads."""
+        if ids.size(1) > self.config.block_size:
+            raise ValueError(f"{ids.size(1)} tokens do not fit into block_size {self.config.block_size}")
+        x = self.embed(ids) + self.position.weight[: ids.size(1)]
+        return dropout(x, self.config.dropout, self.training)
 
-    def hidden(self, ids, salience=None, edit=None, cache=None):
+    def hidden(self, ids, salience=None, edit=None):
         """ids (B, T) -> the last hidden state (B, T, d), and the controller's deviation (0 without a controller)."""
-        x = self.embeddings(ids, cache)
+        x = self.embeddings(ids)
         signals, deviation = [None] * self.config.n_layer, x.new_zeros(())
         if self.controller:
-            salience = salience or self.config.salience
-            signals, deviation = self.controller(x, salience, cache.salience if cache else None)  # (B, T, L, 3)
+            signals, deviation = self.controller(x, salience or self.config.salience)  # (B, T, L, 3)
             signals = (edit(signals) if edit else signals).unbind(2)  # L x (B, T, 3)
-        for i, block in enumerate(self.blocks):
-            x = block(x, signals[i], cache, i)
-        if cache:
-            cache.advance(ids.size(1))
+        for block, s in zip(self.blocks, signals):
+            if self.checkpoint_blocks and self.training:  # keep a block's input only, and compute it again in backward
+                x = checkpoint(block, x, s, use_reentrant=False)
+            else:
+                x = block(x, s)
         return self.norm(x), deviation
 
     def forward(self, ids, targets=None, salience=None, edit=None):
@@ -389,24 +365,41 @@ class ModulatedLM(nn.Module):
         chance = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed + row))
                               for row in range(B)], dim=1).to(ids.device)  # (max_new_tokens, B)
         text = torch.cat([ids, ids.new_empty(B, max_new_tokens)], dim=1)
+        newest, turn = ids[:, -1:].clone(), ids.new_zeros(1)  # what a step reads; how many were drawn, on the device
         ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
-        cache, start, was_training = Cache(self, B), -1, self.training
-        for n in range(prompt, prompt + max_new_tokens):  # n tokens are known
-            fresh = slice(n - 1, n)
-            if self.window_start(n) != start:  # the prompt, or the kept half of a full window, in one pass
-                start = self.window_start(n)
-                fresh = slice(start, n)
-                cache.advance(-cache.length)
-            self.eval()
-            x, _ = self.hidden(text[:, fresh], salience, edit, cache)
-            self.train(was_training)
-            token = sample(F.linear(x[:, -1], self.embed.weight), chance[n - prompt], temperature, top_k, top_p)
+        alike = bool((ids == ids[0]).all())
+        decoder, start, graph, steps = Decoder(self, B), -1, None, 0
+
+        def step(fresh):
+            """Reads the tokens fresh (B, T), draws the next one: everything that happens per token."""
+            token = sample(decoder(fresh, salience, edit).expand(B, -1), chance.index_select(0, turn)[0], temperature,
+                           top_k, top_p)
             if end_token is not None:
                 token = torch.where(ended, end_token, token)
-                ended |= token == end_token
-            text[:, n] = token
-            yield token
-            if end_token is not None and ended.all():
+                ended.logical_or_(token == end_token)
+            newest.copy_(token[:, None])
+            turn.add_(1)
+
+        for n in range(prompt, prompt + max_new_tokens):  # n tokens are known
+            if self.window_start(n) != start:  # the prompt, or the kept half of a full window, in one pass
+                start = self.window_start(n)
+                decoder.advance(-decoder.length)
+                step(text[: 1 if alike and n == prompt else B, start:n])  # samples of one prompt share its pass
+            elif not ids.is_cuda or steps < 2:  # on a GPU two steps as they are: kernels and libraries load
+                step(newest)
+                steps += 1
+            else:
+                if graph is None:  # then one is recorded, not run ...
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        step(newest)
+                    decoder.length -= 1
+                graph.replay()  # ... and repeated: all it reads and writes stays where it is
+                decoder.length += 1
+            text[:, n] = newest[:, 0]
+            yield text[:, n]
+            # Looking at a GPU's result makes the host wait, so there only now and then.
+            if end_token is not None and (not ids.is_cuda or n % 16 == 0) and ended.all():
                 return
 
     def generate(self, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=None, **how):
@@ -467,6 +460,99 @@ class ModulatedLM(nn.Module):
             ours[block + "ffn_norm.weight"] = s[theirs + "norm2.weight"]
         model.load_state_dict(ours)
         return model.eval()
+
+
+class Decoder:
+    """
+    Generation's step: ids (B, T) that follow those it has read -> the last one's logits (B, V). It computes what
+    ModulatedLM does, but remembers each layer's keys and values and the salience state, in memory taken once.
+
+    A step for one token is bound by the reading of the weights and, on a CPU, by the number of operations. So there are
+    as few as can be, and a CPU's weights lie in the order in which they are read, one part for each core: a matrix and
+    a vector would be multiplied by a single core. (Measured, 2 cores, the paper's head: 0.8 ms, by F.linear 4.5 ms.) A
+    GPU's step asks nothing of the host, and reads all slots of the cache with a mask, so that it is the same work at
+    every position and can be recorded as a CUDA graph.
+    """
+
+    def __init__(self, model, batch):
+        self.model, c, weight = model, model.config, model.embed.weight
+        shape = batch, c.n_head, c.block_size, c.n_embd // c.n_head
+        self.kv = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.blocks]
+        self.length = 0  # tokens read, on the host ...
+        self.position = torch.zeros((), dtype=torch.long, device=weight.device)  # ... and on the device
+        self.slots = torch.arange(c.block_size, device=weight.device)
+        self.fixed = weight.is_cuda  # whether a step reads all slots
+        self.parts = 1 if weight.is_cuda else torch.get_num_threads()
+        self.layers = [(b.attn_norm, self.lay(b.qkv.weight), self.lay(b.attn_out.weight),
+                        b.ffn_norm, self.lay(b.ffn_in.weight, b.ffn_in.bias), self.lay(b.ffn_out.weight, b.ffn_out.bias))
+                       for b in model.blocks]
+        self.head = self.lay(weight)
+        if k := model.controller:
+            h = k.n_head
+            self.salience = [torch.zeros(batch, *s, device=weight.device) for s in ((h,), (h,), (h, c.n_embd // h))]
+            self.key, self.bias = k.folded()
+            self.value = self.lay(k.in_proj.weight.chunk(3)[2], k.in_proj.bias.chunk(3)[2])
+            self.out = self.lay(k.out_proj.weight, k.out_proj.bias)
+
+    def lay(self, weight, bias=None):
+        """A Linear's weight (out, in), bias (out,) -> (parts, in, out/parts), (parts, 1, out/parts) or None, and out."""
+        def split(w):  # (out, n) -> (parts, n, out/parts); what is missing to whole parts is filled up
+            return F.pad(w, (0, 0, 0, -len(w) % self.parts)).unflatten(0, (self.parts, -1)).transpose(1, 2).contiguous()
+        return split(weight), None if bias is None else split(bias[:, None]), len(weight)
+
+    def product(self, x, linear):
+        """x (rows, in) through what lay returned -> (rows, out)."""
+        weight, bias, out = linear
+        x = x.expand(self.parts, -1, -1)
+        y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)  # (parts, rows, out/parts)
+        return y.transpose(0, 1).reshape(x.size(1), -1)[:, :out]
+
+    def __call__(self, ids, salience, edit=None):
+        """ids may have one row for all of the batch. Only where length is 0 may they be several tokens."""
+        m, (B, T), product = self.model, ids.shape, self.product
+        where = self.position + self.slots[:T]
+        x = (m.embed.weight[ids] + m.position.weight[where]).flatten(0, 1)  # (B * T, d)
+        signals = x.new_ones(B, T, len(self.layers), 3)
+        if m.controller:
+            signals = self.signals(x, B, T, salience)
+            signals = edit(signals) if edit else signals
+        gain, precision, gate = signals.unbind(-1)  # (B, T, L) each
+        gains, both = (s.flatten(0, 1).split(1, -1) for s in (gain, gain * gate))  # L x (B * T, 1) each
+        precisions = precision.to(x.dtype)[:, None].split(1, -1)  # L x (B, 1, T, 1)
+        mask = (self.slots <= self.position)[None] if self.fixed and T == 1 else None  # (1, slots)
+        for i, (attn_norm, qkv, attn_out, ffn_norm, ffn_in, ffn_out) in enumerate(self.layers):
+            q, k, v = product(attn_norm(x), qkv).view(B, T, 3, m.config.n_head, -1).permute(2, 0, 3, 1, 4)
+            keys, values = self.kv[i]  # (batch, h, slots, d/h) each
+            write_cache(keys, values, k.expand(len(keys), -1, -1, -1), v.expand(len(keys), -1, -1, -1), self.position)
+            if T > 1:
+                keys, values = k, v
+            elif mask is None:
+                keys, values = keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
+            y = F.scaled_dot_product_attention(q * precisions[i], keys, values, mask, is_causal=T > 1)  # (B, h, T, d/h)
+            x = modulate(product(y.transpose(1, 2).reshape(B * T, -1), attn_out), x, gains[i])
+            x = modulate(product(F.gelu(product(ffn_norm(x), ffn_in)), ffn_out), x, both[i])
+        self.advance(T)
+        return product(m.norm(x.view(B, T, -1)[:, -1]), self.head)
+
+    def signals(self, x, B, T, salience):
+        """The controller: x (B * T, d) -> (B, T, L, 3)."""
+        k = self.model.controller
+        pooled = self.product(x, self.value)  # (B * T, d)
+        if salience == "causal":
+            scores = torch.addmm(self.bias, x.float(), self.key.t()).view(B, T, -1).transpose(1, 2)  # (B, h, T)
+            value = pooled.view(B, T, k.n_head, -1).transpose(1, 2).float()  # (B, h, T, e)
+            if self.length == 0:
+                pooled, last = salience_pool(scores, value)  # (B, h, T, e)
+                for kept, new in zip(self.salience, last):
+                    kept.copy_(new)
+            else:
+                pooled = salience_step(scores[:, :, 0], value[:, :, 0], self.salience)[:, :, None]  # (B, h, 1, e)
+            pooled = pooled.transpose(1, 2).reshape(B * T, -1).to(x.dtype)
+        return k.signals(self.product(pooled, self.out) + x)[0].view(B, T, -1, 3)
+
+    def advance(self, n):
+        self.length += n
+        self.position += n
 
 
 def sample(logits, chance, temperature, top_k, top_p):

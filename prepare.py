@@ -30,9 +30,10 @@ DEMO_MB = 24                        # more than the laptop preset reads, so that
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt"
 
 
-def get_tokenizer(name):
+def get_tokenizer(name, kept=None):
     """The tiktoken.Encoding called `name`: "gpt2" (50,257 symbols), or "bytes" (257: the bytes, then END).
 
+    `kept`: GPT-2's token numbers that remain, as keep() returns them; token i is then the one that was kept[i].
     Raises ValueError for any other name, ConnectionError if GPT-2's vocabulary is neither cached nor reachable.
     """
     if name == "bytes":
@@ -42,10 +43,33 @@ def get_tokenizer(name):
     if name != "gpt2":
         raise ValueError(f"unknown tokenizer {name!r}: use gpt2 or bytes")
     try:
-        return tiktoken.get_encoding("gpt2")
+        gpt2 = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError):   # no network, or a damaged download
         raise ConnectionError("the GPT-2 vocabulary is neither cached nor reachable: go online once, or use "
                               "--tokenizer bytes") from None
+    if kept is None:
+        return gpt2
+    ranks = {gpt2.decode_single_token_bytes(token): i for i, token in enumerate(kept[:-1])}     # END is the last
+    return tiktoken.Encoding("gpt2", pat_str=gpt2._pat_str, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+
+
+def keep(seen):
+    """GPT-2's token numbers to keep, rising, for a text in which only the numbers `seen` occur: those, every byte
+    and END, so that any text still encodes, and every token on the way to one of them.
+
+    BPE joins the pair of lowest number first. Whatever it joins while it makes a kept token is kept, and the order
+    of what is left stays the same: so text of seen tokens encodes to the same pieces as before.
+    """
+    ranks = get_tokenizer("gpt2")._mergeable_ranks
+    kept = {*range(256), *map(int, seen), len(ranks)}                                           # END is the last
+    for token, rank in sorted(ranks.items(), key=lambda item: -item[1]):                        # parts come later
+        if rank in kept and rank > 255:
+            parts = [token[i:i + 1] for i in range(len(token))]
+            while len(parts) > 2:
+                i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            kept |= {ranks[part] for part in parts}
+    return sorted(kept)
 
 
 # ---- The demo stories ----------------------------------------------------------------------------------------

@@ -18,20 +18,23 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from datetime import datetime
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import kernels
 from ncn import NCNConfig, ModulatedLM, load_file
-from prepare import fail
+from prepare import fail, get_tokenizer, keep
 
 # Every setting of a run: its value in the two presets, and what it is. Each is a flag of the same name.
 SETTINGS = {
@@ -48,6 +51,8 @@ SETTINGS = {
                                                            "controller, the plain Transformer",),
     "salience":           ("causal", "causal", "what the controller sees: causal (the past), global (the past and the "
                                                "future, as the paper trains), reactive (one token)"),
+    "vocab":              ("full",   "seen",   "of GPT-2's tokens: full, or seen, those that occur in the data and what they "
+                                               "are made of; per-token losses compare, and any text still encodes"),
     "batch_size":         (16,       1,        "sequences per micro-batch"),
     "grad_accum":         (4,        2,        "micro-batches per optimizer step, over all processes"),
     "max_steps":          (0,        3200,     "optimizer steps; 0: one epoch"),
@@ -76,6 +81,9 @@ def arguments():
     parser.add_argument("--resume", action="store_true", help="go on from OUT/ckpt_latest.pt with its settings")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                         help="of the matrix products; auto: bf16 where it is fast, else fp16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--checkpoint_blocks", action="store_true",
+                        help="keep only each block's input for the backward pass: less memory, a third more work")
+    parser.add_argument("--bench", action="store_true", help="train nothing: time steps, print what bounds them")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, faster to run")
     for name, (paper, laptop, text) in SETTINGS.items():
         default = f"{paper}" if paper == laptop else f"paper {paper}, laptop {laptop}"
@@ -100,7 +108,7 @@ def read_meta(folder):
 
 
 def read_tokens(path, vocab_size, block_size):
-    """The file's uint16 tokens, memory-mapped, checked to be within the vocabulary."""
+    """The file's uint16 tokens, memory-mapped, and which ones occur; all checked to be within the vocabulary."""
     if not os.path.isfile(path):
         raise ValueError(f"no {path}: run prepare.py first")
     if os.path.getsize(path) % 2:
@@ -109,17 +117,30 @@ def read_tokens(path, vocab_size, block_size):
         raise ValueError(f"{path} holds {os.path.getsize(path) // 2} tokens, fewer than a window of {block_size} + 1: "
                          "prepare more text or lower --block_size")
     tokens = np.memmap(path, dtype="<u2", mode="r")
-    highest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
-    if highest >= vocab_size:
-        raise ValueError(f"{path} holds token id {highest}, beyond the vocabulary of {vocab_size}: "
+    occurs = np.zeros(2**16, bool)
+    for i in range(0, len(tokens), 2**24):
+        occurs[tokens[i : i + 2**24]] = True
+    seen = np.flatnonzero(occurs)
+    if seen[-1] >= vocab_size:
+        raise ValueError(f"{path} holds token id {seen[-1]}, beyond the vocabulary of {vocab_size}: "
                          "run prepare.py again")
-    return tokens
+    return tokens, seen
 
 
-def windows(tokens, which, block_size, device):
-    """Windows number `which` of the tokens -> inputs and targets, the same shifted by one; (B, T) int64 each."""
-    rows = np.stack([tokens[i * block_size : (i + 1) * block_size + 1] for i in which]).astype(np.int64)
-    rows = torch.from_numpy(rows)
+def renumber(kept):
+    """From the files' token numbers to those of a model that knows only the tokens `kept` (see keep in prepare.py)."""
+    ids = np.full(2**16, -1)
+    ids[kept] = np.arange(len(kept))
+    return ids
+
+
+def windows(tokens, which, block_size, device, ids=None):
+    """
+    Windows number `which` of the tokens -> inputs and targets, the same shifted by one; (B, T) int64 each.
+    ids: the model's number of each of the files' token numbers, where they differ (see renumber).
+    """
+    rows = np.stack([tokens[i * block_size : (i + 1) * block_size + 1] for i in which])
+    rows = torch.from_numpy((rows if ids is None else ids[rows]).astype(np.int64))
     if device.type == "cuda":
         rows = rows.pin_memory().to(device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]
@@ -186,7 +207,7 @@ def settle(args, cuda, ckpt):
     if ckpt:
         settings, notes = dict(ckpt["settings"]), []
         changed = {name for name in given if given[name] != settings[name]}
-        if refused := sorted(changed & set(MODEL)):
+        if refused := sorted(changed & {*MODEL, "vocab"}):
             raise ValueError(f"--resume cannot change the model: --{refused[0]} is {given[refused[0]]}, the checkpoint "
                              f"has {settings[refused[0]]}; leave the flag out, or start a new run without --resume")
         if changed:
@@ -208,15 +229,42 @@ def settle(args, cuda, ckpt):
     return settings, notes
 
 
+def pick_device():
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    return device
+
+
+def model_config(s, vocab_size):
+    signals = tuple(filter(None, s["signals"].replace("none", "").split(",")))
+    return NCNConfig(**{name: s[name] for name in MODEL if name in s} | dict(vocab_size=vocab_size, signals=signals))
+
+
+def make_optimizer(model, s):
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": s["weight_decay"]},
+                              {"params": others, "weight_decay": 0.0}],
+                             lr=s["lr"], betas=(s["beta1"], s["beta2"]), fused=True)
+
+
+def update(model, optimizer, scaler, s):
+    """What follows a step's last backward pass. Returns the gradient's norm, a tensor: nothing waits for the GPU."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["grad_clip"] or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return norm
+
+
 def train(args):
     # torchrun sets these; alone we are rank 0 of 1.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() \
-        else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-
+    device = pick_device()
     latest, best_path = (os.path.join(args.out, f"ckpt_{name}.pt") for name in ("latest", "best"))
     ckpt = load_file(latest) if args.resume else None
     if ckpt and not {"settings", "optimizer", "step", "data"} <= ckpt.keys():
@@ -231,10 +279,16 @@ def train(args):
     if ckpt and ckpt["data"] != meta:
         raise ValueError(f"{args.data} is not the data this run began with: --resume needs the same, prepared the same "
                          "way")
-    signals = tuple(filter(None, s["signals"].replace("none", "").split(",")))
-    config = NCNConfig(**{name: s[name] for name in MODEL if name in s} | dict(vocab_size=vocab_size, signals=signals))
-    T, B = config.block_size, s["batch_size"]
-    tokens, val_tokens = (read_tokens(os.path.join(args.data, f"{x}.bin"), vocab_size, T) for x in ("train", "val"))
+    T, B = s["block_size"], s["batch_size"]
+    (tokens, seen), (val_tokens, val_seen) = (read_tokens(os.path.join(args.data, f"{x}.bin"), vocab_size, T)
+                                              for x in ("train", "val"))
+    kept = None
+    if s["vocab"] == "seen" and tokenizer == "gpt2":
+        kept = keep(np.union1d(seen, val_seen))
+        notes.append(f"Vocabulary: {len(kept):,} of GPT-2's {vocab_size:,} tokens, those that occur and what they are "
+                     "made of")
+    ids = renumber(kept) if kept else None
+    config = model_config(s, len(kept) if kept else vocab_size)
     count = (len(tokens) - 1) // T
     if count < B:
         raise ValueError(f"{args.data} holds {count} windows of {T} tokens, fewer than --batch_size {B}")
@@ -251,12 +305,8 @@ def train(args):
     if args.dtype != "auto":
         dtype, why = args.dtype, "as --dtype says"
     elif not ckpt:
-        dtype, why = choose_dtype(device, model, windows(tokens, [0], T, device))
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": s["weight_decay"]},
-                                   {"params": others, "weight_decay": 0.0}],
-                                  lr=s["lr"], betas=(s["beta1"], s["beta2"]), fused=True)
+        dtype, why = choose_dtype(device, model, windows(tokens, [0], T, device, ids))
+    optimizer = make_optimizer(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     step, best = 0, math.inf
     if ckpt:
@@ -271,6 +321,7 @@ def train(args):
         dist.broadcast_object_list(why_shared)  # timings differ between processes
         why, dtype = why_shared
     autocast = functools.partial(torch.autocast, device.type, DTYPES[dtype], enabled=dtype != "fp32")
+    model.checkpoint_blocks = args.checkpoint_blocks
     run = torch.compile(model) if args.compile else model
     if world > 1:  # without a softmax over several tokens the salience query has no gradient
         run = DistributedDataParallel(run, find_unused_parameters=config.salience == "reactive")
@@ -296,6 +347,10 @@ def train(args):
             log_file.flush()
             bar.write(line)
 
+    def batch(micro):
+        epoch, place = divmod(micro, per_epoch)
+        return windows(tokens, shuffled(s["seed"], epoch, count)[place * B : (place + 1) * B], T, device, ids)
+
     def total(values):
         """Sum over the processes."""
         if world > 1:
@@ -305,7 +360,7 @@ def train(args):
     def save(path):
         if rank == 0:
             model.save(path, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, best=best,
-                       settings=s, dtype=dtype, data=meta, tokenizer=tokenizer)
+                       settings=s, dtype=dtype, data=meta, tokenizer=tokenizer, kept=kept)
 
     @torch.no_grad()
     def validate():
@@ -314,7 +369,7 @@ def train(args):
         result, mine = torch.zeros(2, dtype=torch.float64, device=device), chosen[rank::world]
         for i in range(0, len(mine), B):
             with autocast():
-                task = model(*windows(val_tokens, mine[i : i + B], T, device)).task
+                task = model(*windows(val_tokens, mine[i : i + B], T, device, ids)).task
             result += torch.stack([task.double(), task.new_ones((), dtype=torch.float64)]) * len(mine[i : i + B])
         model.train()
         result = total(result)
@@ -354,6 +409,8 @@ def train(args):
 
     sums, counted, clock, began_step = torch.zeros(2, device=device), 0, time.perf_counter(), step
     share = s["grad_accum"] // world
+    loader = ThreadPoolExecutor(1)  # reads the next micro-batch while this one is computed
+    ahead = loader.submit(batch, step * s["grad_accum"] + rank)
     while step < s["max_steps"]:
         rate = learning_rate(step + 1, s)
         for group in optimizer.param_groups:
@@ -361,8 +418,8 @@ def train(args):
         for j in range(share):
             stop_if_asked()
             micro = step * s["grad_accum"] + j * world + rank
-            epoch, place = divmod(micro, per_epoch)
-            x, y = windows(tokens, shuffled(s["seed"], epoch, count)[place * B : (place + 1) * B], T, device)
+            x, y = ahead.result()
+            ahead = loader.submit(batch, micro + world)
             torch.manual_seed(int(np.random.SeedSequence((s["seed"], micro)).generate_state(1)[0]))  # for the dropout
             last = j == share - 1
             with run.no_sync() if world > 1 and not last else contextlib.nullcontext():  # gradients meet once per step
@@ -371,11 +428,7 @@ def train(args):
                 scaler.scale(loss.total / share).backward()
             sums += torch.stack([loss.task, loss.homeostatic]).detach()
             counted += 1
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["grad_clip"] or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        norm = update(model, optimizer, scaler, s)
         step += 1
         bar.update()
 
@@ -416,9 +469,155 @@ def train(args):
     bar.close()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# How fast, and what bounds it
+
+
+def peak_memory(device, reset=False):
+    """The highest number of bytes held so far, or since a reset: by the GPU, or by this process (Linux; else None)."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except OSError:
+        return None
+
+
+def flops_per_token(c):
+    """
+    Multiplications and additions of a training step, per token: 2 for each weight of a matrix product in the forward
+    pass and 4 in the backward pass. The tied head counts once, the look-up of an embedding and the folded query and
+    key of the controller not; attention looks over half of the context on average. 112 M at the paper's sizes.
+    """
+    controller = 2 * c.n_embd**2 + c.n_embd * c.ncn_hidden + 3 * c.n_layer * c.ncn_hidden if c.signals else 0
+    return 6 * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd + c.n_layer * c.n_embd * c.block_size + controller)
+
+
+def bench(args):
+    """Times training steps on random tokens, with the controller and without, and prints what bounds them."""
+    device = pick_device()
+    s, notes = settle(args, device.type == "cuda", None)
+    vocab_size = read_meta(args.data)[2] if os.path.isdir(args.data) else 50257
+    config = model_config(s, vocab_size)
+    B, T, d, V = s["batch_size"], config.block_size, config.n_embd, vocab_size
+    x, y = torch.randint(V, (2, B, T), device=device)
+    torch.manual_seed(s["seed"])
+    model = ModulatedLM(config).to(device).train()
+    dtype = args.dtype if args.dtype != "auto" else choose_dtype(device, model, (x[:1], y[:1]))[0]
+    autocast = functools.partial(torch.autocast, device.type, DTYPES[dtype], enabled=dtype != "fp32")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+
+    def timed(work):
+        """Runs work; seconds until the device is done with it."""
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def stepper(model):
+        optimizer = make_optimizer(model, s)
+        model.checkpoint_blocks = args.checkpoint_blocks
+        run = torch.compile(model) if args.compile else model
+
+        def step():
+            for _ in range(s["grad_accum"]):
+                with autocast():
+                    loss = run(x, y)
+                scaler.scale(loss.total / s["grad_accum"]).backward()
+            update(model, optimizer, scaler, s)
+        return step, optimizer
+
+    def row(name, value, note=""):
+        print(f"{name:<28}{value:>12}   {note}", flush=True)
+
+    print(f"{config.n_layer} layers, width {d}, {config.n_head} heads, vocabulary {V:,}; {s['grad_accum']} x {B} x {T} "
+          f"random tokens per step; {dtype}" + ", compiled" * args.compile + ", blocks checkpointed"
+          * args.checkpoint_blocks)
+    print(torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+          f"| torch {torch.__version__} | {kernels.path()}")
+    peak_memory(device, reset=True)
+    step, optimizer = stepper(model)
+    timed(step)
+    spent = timed(step)
+    peak = peak_memory(device)
+
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(DTYPES[dtype])
+    rate = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(5))
+    del a
+    variants = {"with the controller": step}
+    if config.signals:
+        variants["--signals none"] = stepper(ModulatedLM(model_config(s | {"signals": "none"}, V)).to(device).train())[0]
+        timed(variants["--signals none"])
+    repeat, rounds = max(1, round(1 / spent)), 7 if spent < 5 else 3
+    times = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, work in variants.items():
+            times[name].append(timed(lambda: [work() for _ in range(repeat)]) / repeat)
+    tokens = s["grad_accum"] * B * T
+    for name, work in variants.items():
+        middle = statistics.median(times[name])
+        flops = flops_per_token(config if work is step else model_config(s | {"signals": "none"}, V))
+        row(name, f"{tokens / middle:,.0f}", f"tokens/s; {flops / 1e6:.0f} MFLOP per token, "
+            f"{flops * tokens / middle / rate:.0%} of the measured {rate / 1e12:.3g} TFLOP/s")
+    if config.signals:
+        ratio = statistics.median(b / a for a, b in zip(*times.values()))
+        row("the controller's share", f"{1 - ratio:.1%}", f"of a step, median of {rounds} alternated pairs")
+    row("peak memory", f"{peak / 2**20:,.0f} MiB" if peak else "unknown",
+        "on the GPU" if device.type == "cuda" else "of the whole process")
+
+    # Where the time goes: the same step, stopped at its joints.
+    parts = {"blocks and controller": [], "head and loss": [], "optimizer": []}
+    for _ in range(4):
+        def blocks():
+            with autocast():
+                out.extend(model.hidden(x))
+        def head():
+            with autocast():
+                out.append(kernels.linear_cross_entropy(leaf, model.embed.weight, y))
+            scaler.scale(out[-1]).backward()
+        out = []
+        forward = timed(blocks)
+        leaf = out[0].detach().requires_grad_()
+        parts["head and loss"].append(timed(head))
+        parts["blocks and controller"].append(forward + timed(lambda: out[0].backward(leaf.grad)))
+        parts["optimizer"].append(timed(lambda: update(model, optimizer, scaler, s)) / s["grad_accum"])
+    middle = {name: statistics.median(spent[1:]) for name, spent in parts.items()}
+    for name, spent in middle.items():
+        row(name, f"{1e3 * spent:,.1f} ms", f"{spent / sum(middle.values()):.0%} of a micro-batch")
+    del variants, step, optimizer, model, out, leaf
+
+    # The head and its loss, ours and others, each from the memory the process holds before it.
+    h, w = (torch.randn(*shape, device=device, dtype=DTYPES[dtype]) * 0.1 for shape in ((B * T, d), (V, d)))
+    h, w, target = h.requires_grad_(), w.requires_grad_(), y.flatten()
+    rivals = {"linear_cross_entropy, ours": kernels.linear_cross_entropy,
+              "torch's, logits formed": lambda h, w, t: F.cross_entropy((h @ w.t()).float(), t)}
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=kernels.chunk(h, w))
+        rivals["torch's, same chunks"] = lambda h, w, t: F.linear_cross_entropy(h, w, t, options=options)
+    spent, held = {name: [] for name in rivals}, {}
+    for _ in range(4):
+        for name, loss in rivals.items():
+            before = peak_memory(device, reset=True)
+            spent[name].append(timed(lambda: loss(h, w, target).backward()))
+            h.grad = w.grad = None
+            held[name] = before and peak_memory(device) - before
+    for name in rivals:
+        row(name, f"{1e3 * statistics.median(spent[name][1:]):,.1f} ms",
+            f"forward and backward, {B * T:,} tokens" + (f"; {held[name] / 2**20:,.0f} MiB" if held[name] else ""))
+
+
 def main():
     try:
-        train(arguments())
+        args = arguments()
+        bench(args) if args.bench else train(args)
     except Interrupted as stop:
         return stop.args[0]
     except FloatingPointError as error:
