@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 _SOURCE = Path(__file__).with_name("kernels.cu")
 _TYPES = {torch.float32: "float", torch.float16: "f16", torch.bfloat16: "bf16"}
-_CHUNK = (1 << 24, 1 << 26)   # logits that linear_cross_entropy holds at a time: on a CPU, on a GPU
+CHUNK = (1 << 24, 1 << 25)   # logits that linear_cross_entropy holds at a time: on a CPU, on a GPU
 _launchers = {}   # device -> launch(kernel, (grid x, y), (block x, y), arguments), or a string: why there is none
 
 
@@ -212,6 +212,12 @@ def _grid(x, rows, width, per_processor=32):
 
 # ---- The five functions. In each, the lines before `launch(` prepare what the kernel reads and writes.
 
+def _rms_norm(x, weight, eps):
+    wide = x.float()
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * rstd).mul_(weight).to(x.dtype), rstd
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -222,9 +228,7 @@ class _RMSNorm(torch.autograd.Function):
             launch(_name("rms_norm_forward", x), *_grid(x, rstd.numel(), d),
                    (y, rstd, x, weight.float().contiguous(), rstd.numel(), d, float(eps)))
         else:
-            wide = x.float()
-            rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square().div(d).add(eps).rsqrt()
-            y = (wide * rstd).mul_(weight).to(x.dtype)
+            y, rstd = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -249,10 +253,9 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x, weight, eps=1e-5):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, fp32 inside. x (..., d), weight (d,) -> (..., d)
-    of x's dtype. On 2 CPU cores, forward and backward at (4, 512, 256): 1.0 ms, F.rms_norm 3.6 ms; for a single token
-    without a gradient 14 us in F.rms_norm, 41 in ours."""
-    if not torch.is_grad_enabled() and x.dtype == weight.dtype and not _launcher(x, weight):
-        return F.rms_norm(x, weight.shape, weight, eps)
+    of x's dtype. On 2 CPU cores, forward and backward at (4, 512, 256): 1.0 ms, F.rms_norm 3.6 ms."""
+    if not torch.is_grad_enabled() and not _launcher(x, weight):
+        return _rms_norm(x, weight, eps)[0]   # without autograd's bookkeeping, which one token takes longer for than this
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -334,9 +337,9 @@ def write_cache(k_cache, v_cache, k, v, position):
     written on a GPU."""
     B, h, T, d = k.shape
     slots = k_cache.shape[2]
-    same = (k_cache.dtype == v_cache.dtype == k.dtype == v.dtype and v.shape == k.shape
-            and k_cache.shape == v_cache.shape == (B, h, slots, d) and position.dtype == torch.int64)
-    if same and (launch := _launcher(k_cache, v_cache, k, v)) and position.device == k.device:
+    if ((launch := _launcher(k_cache, v_cache, k, v)) and position.device == k.device and position.dtype == torch.int64
+            and k_cache.dtype == v_cache.dtype == k.dtype == v.dtype and v.shape == k.shape
+            and k_cache.shape == v_cache.shape == (B, h, slots, d)):
         units = B * h * T * -(-d // 8)
         launch(_name("write_cache", k), (min(-(-units // 256), 32 * _processors(k)), 2), (256, 1),
                (k_cache, v_cache, k, v, position, k_cache.stride(), v_cache.stride(), k.stride(), v.stride(),
@@ -375,7 +378,7 @@ def chunk(h, weight):
     """Tokens per chunk of linear_cross_entropy. The weight and its gradient pass through memory once per chunk, so not
     too few: on a CPU at V 50257, d 256, 64 tokens cost 1.45 s per 2,048, 256 cost 1.25 and 512 cost 1.18, at 206 KB
     each."""
-    return max(1, min(len(h), _CHUNK[h.device.type == "cuda"] // len(weight)))
+    return max(1, min(len(h), CHUNK[h.device.type == "cuda"] // len(weight)))
 
 
 def _chunks(h, weight, targets, want_h, want_w):

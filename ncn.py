@@ -372,8 +372,8 @@ class ModulatedLM(nn.Module):
 
         def step(fresh):
             """Reads the tokens fresh (B, T), draws the next one: everything that happens per token."""
-            token = sample(decoder(fresh, salience, edit).expand(B, -1), chance.index_select(0, turn)[0], temperature,
-                           top_k, top_p)
+            logits = decoder(fresh, salience, edit).expand(B, -1)
+            token = sample(logits, chance.index_select(0, turn)[0], temperature, top_k, top_p)
             if end_token is not None:
                 token = torch.where(ended, end_token, token)
                 ended.logical_or_(token == end_token)
@@ -467,31 +467,34 @@ class Decoder:
     Generation's step: ids (B, T) that follow those it has read -> the last one's logits (B, V). It computes what
     ModulatedLM does, but remembers each layer's keys and values and the salience state, in memory taken once.
 
-    A step for one token is bound by the reading of the weights and, on a CPU, by the number of operations. So there are
-    as few as can be, and a CPU's weights lie in the order in which they are read, one part for each core: a matrix and
-    a vector would be multiplied by a single core. (Measured, 2 cores, the paper's head: 0.8 ms, by F.linear 4.5 ms.) A
+    A step for one token is bound by the reading of the weights and, on a CPU, by the number of operations: 13 us each,
+    however small. So there are as few as can be: the weights of norms are part of the next matrix, and all layers' places
+    in the cache are found at once. A CPU's weights lie in the order in which they are read, in one part for each core, as
+    a matrix and a vector would be multiplied by a single one. (2 cores, the paper's head: 0.8 ms, by F.linear 4.5 ms.) A
     GPU's step asks nothing of the host, and reads all slots of the cache with a mask, so that it is the same work at
     every position and can be recorded as a CUDA graph.
     """
 
     def __init__(self, model, batch):
         self.model, c, weight = model, model.config, model.embed.weight
-        shape = batch, c.n_head, c.block_size, c.n_embd // c.n_head
-        self.kv = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.blocks]
+        d, h, device = c.n_embd, c.ncn_heads, weight.device
+        self.cache = weight.new_zeros(c.n_layer, batch, 2 * c.n_head, c.block_size, d // c.n_head)  # keys, then values
         self.length = 0  # tokens read, on the host ...
-        self.position = torch.zeros((), dtype=torch.long, device=weight.device)  # ... and on the device
-        self.slots = torch.arange(c.block_size, device=weight.device)
+        self.position = torch.zeros((), dtype=torch.long, device=device)  # ... and on the device
+        self.slots = torch.arange(c.block_size, device=device)
         self.fixed = weight.is_cuda  # whether a step reads all slots
         self.parts = 1 if weight.is_cuda else torch.get_num_threads()
-        self.layers = [(b.attn_norm, self.lay(b.qkv.weight), self.lay(b.attn_out.weight),
-                        b.ffn_norm, self.lay(b.ffn_in.weight, b.ffn_in.bias), self.lay(b.ffn_out.weight, b.ffn_out.bias))
+        # x / rms(x) * w is x / sqrt(x . x + d eps) * (sqrt(d) w): the first factor is `unit`, the second the matrix's.
+        self.eps, self.plain = weight.new_full((), d * 1e-5), weight.new_full((d,), d**-0.5)
+        scaled = lambda linear, norm: linear.weight * (norm.weight * d**0.5)
+        self.layers = [(self.lay(scaled(b.qkv, b.attn_norm)), self.lay(b.attn_out.weight),
+                        self.lay(scaled(b.ffn_in, b.ffn_norm), b.ffn_in.bias), self.lay(b.ffn_out.weight, b.ffn_out.bias))
                        for b in model.blocks]
-        self.head = self.lay(weight)
+        self.head = self.lay(scaled(model.embed, model.norm))
         if k := model.controller:
-            h = k.n_head
-            self.salience = [torch.zeros(batch, *s, device=weight.device) for s in ((h,), (h,), (h, c.n_embd // h))]
-            self.key, self.bias = k.folded()
-            self.value = self.lay(k.in_proj.weight.chunk(3)[2], k.in_proj.bias.chunk(3)[2])
+            self.state = [torch.zeros(batch, *s, device=device) for s in ((h,), (h,), (h, d // h))]  # of the salience
+            value = k.in_proj.weight.chunk(3)[2], k.in_proj.bias.chunk(3)[2]
+            self.pool = self.lay(*(torch.cat(pair) for pair in zip(value, k.folded())))  # value and score in one product
             self.out = self.lay(k.out_proj.weight, k.out_proj.bias)
 
     def lay(self, weight, bias=None):
@@ -503,50 +506,65 @@ class Decoder:
     def product(self, x, linear):
         """x (rows, in) through what lay returned -> (rows, out)."""
         weight, bias, out = linear
-        x = x.expand(self.parts, -1, -1)
+        rows, x = len(x), x.expand(self.parts, -1, -1)
         y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)  # (parts, rows, out/parts)
-        return y.transpose(0, 1).reshape(x.size(1), -1)[:, :out]
+        y = y.view(1, -1) if rows == 1 else y.transpose(0, 1).reshape(rows, -1)
+        return y if y.size(1) == out else y[:, :out]
+
+    def unit(self, x):
+        """x (rows, d) -> x / sqrt(x . x + d eps)."""
+        if x.is_cuda:
+            return rms_norm(x, self.plain)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.addcmul(self.eps, norm, norm).rsqrt_()
 
     def __call__(self, ids, salience, edit=None):
         """ids may have one row for all of the batch. Only where length is 0 may they be several tokens."""
-        m, (B, T), product = self.model, ids.shape, self.product
-        where = self.position + self.slots[:T]
-        x = (m.embed.weight[ids] + m.position.weight[where]).flatten(0, 1)  # (B * T, d)
-        signals = x.new_ones(B, T, len(self.layers), 3)
+        m, c, (B, T), product = self.model, self.model.config, ids.shape, self.product
+        x = m.embed.weight[ids] + m.position.weight[self.position + self.slots[:T]]  # (B, T, d)
+        x = x.view(B * T, -1)
+        signals = x.new_ones(B, T, c.n_layer, 3)
         if m.controller:
             signals = self.signals(x, B, T, salience)
             signals = edit(signals) if edit else signals
         gain, precision, gate = signals.unbind(-1)  # (B, T, L) each
-        gains, both = (s.flatten(0, 1).split(1, -1) for s in (gain, gain * gate))  # L x (B * T, 1) each
+        gains, both = (s.view(B * T, -1).split(1, -1) for s in (gain.contiguous(), gain * gate))  # L x (B * T, 1) each
         precisions = precision.to(x.dtype)[:, None].split(1, -1)  # L x (B, 1, T, 1)
-        mask = (self.slots <= self.position)[None] if self.fixed and T == 1 else None  # (1, slots)
-        for i, (attn_norm, qkv, attn_out, ffn_norm, ffn_in, ffn_out) in enumerate(self.layers):
-            q, k, v = product(attn_norm(x), qkv).view(B, T, 3, m.config.n_head, -1).permute(2, 0, 3, 1, 4)
-            keys, values = self.kv[i]  # (batch, h, slots, d/h) each
-            write_cache(keys, values, k.expand(len(keys), -1, -1, -1), v.expand(len(keys), -1, -1, -1), self.position)
+        mask = (self.slots <= self.position)[None] if self.fixed else None  # (1, slots)
+        end = self.length + T
+        place = self.cache[:, :, :, self.length : end].unbind()  # L x (batch, 2 h, T, d/h)
+        known = self.cache if self.fixed else self.cache[:, :, :, :end]
+        keys, values = (its.unbind() for its in known.chunk(2, dim=2))  # L x (batch, h, slots, d/h) each
+        for i, (qkv, attn_out, ffn_in, ffn_out) in enumerate(self.layers):
+            qkv = product(self.unit(x), qkv).view(B, T, 3 * c.n_head, -1).transpose(1, 2)  # (B, 3 h, T, d/h)
+            q, kv = qkv.split((c.n_head, 2 * c.n_head), dim=1)
+            q = q * precisions[i]
+            if self.fixed:
+                write_cache(keys[i], values[i], *kv.expand(len(keys[i]), -1, -1, -1).chunk(2, dim=1), self.position)
+            else:
+                place[i].copy_(kv)
             if T > 1:
-                keys, values = k, v
-            elif mask is None:
-                keys, values = keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
-            y = F.scaled_dot_product_attention(q * precisions[i], keys, values, mask, is_causal=T > 1)  # (B, h, T, d/h)
+                y = F.scaled_dot_product_attention(q, *kv.chunk(2, dim=1), is_causal=True)  # (B, h, T, d/h)
+            else:
+                y = F.scaled_dot_product_attention(q, keys[i], values[i], mask)
             x = modulate(product(y.transpose(1, 2).reshape(B * T, -1), attn_out), x, gains[i])
-            x = modulate(product(F.gelu(product(ffn_norm(x), ffn_in)), ffn_out), x, both[i])
+            x = modulate(product(F.gelu(product(self.unit(x), ffn_in)), ffn_out), x, both[i])
         self.advance(T)
-        return product(m.norm(x.view(B, T, -1)[:, -1]), self.head)
+        return product(self.unit(x.view(B, T, -1)[:, -1]), self.head)
 
     def signals(self, x, B, T, salience):
         """The controller: x (B * T, d) -> (B, T, L, 3)."""
         k = self.model.controller
-        pooled = self.product(x, self.value)  # (B * T, d)
+        pooled, scores = self.product(x, self.pool).split((x.size(1), k.n_head), dim=1)  # (B * T, d), (B * T, h)
         if salience == "causal":
-            scores = torch.addmm(self.bias, x.float(), self.key.t()).view(B, T, -1).transpose(1, 2)  # (B, h, T)
+            scores = scores.view(B, T, -1).transpose(1, 2).float()  # (B, h, T)
             value = pooled.view(B, T, k.n_head, -1).transpose(1, 2).float()  # (B, h, T, e)
             if self.length == 0:
                 pooled, last = salience_pool(scores, value)  # (B, h, T, e)
-                for kept, new in zip(self.salience, last):
+                for kept, new in zip(self.state, last):
                     kept.copy_(new)
             else:
-                pooled = salience_step(scores[:, :, 0], value[:, :, 0], self.salience)[:, :, None]  # (B, h, 1, e)
+                pooled = salience_step(scores[:, :, 0], value[:, :, 0], self.state)[:, :, None]  # (B, h, 1, e)
             pooled = pooled.transpose(1, 2).reshape(B * T, -1).to(x.dtype)
         return k.signals(self.product(pooled, self.out) + x)[0].view(B, T, -1, 3)
 

@@ -499,6 +499,18 @@ def flops_per_token(c):
     return 6 * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd + c.n_layer * c.n_embd * c.block_size + controller)
 
 
+def memory_needed(c, rows, narrow, gpu):
+    """
+    Bytes at the peak of a training step on `rows` tokens, without what torch itself takes: weights, gradients and AdamW's
+    two means (16 per parameter; 2 more for narrow copies), what the backward pass needs (counted in bytes per token and
+    width, in fp32 and in bf16 or fp16; a static model keeps a fifth less), the head's gradient and one chunk of logits.
+    """
+    parameters = (12 * c.n_layer * c.n_embd + c.vocab_size + c.block_size) * c.n_embd
+    kept = 44 * c.n_layer + 29 if narrow else 78 * c.n_layer + 31
+    logits = min(kernels.CHUNK[gpu], rows * c.vocab_size) * (2 if narrow else 4)
+    return parameters * (18 if narrow else 16) + rows * c.n_embd * kept + 4 * c.vocab_size * c.n_embd + logits
+
+
 def bench(args):
     """Times training steps on random tokens, with the controller and without, and prints what bounds them."""
     device = pick_device()
@@ -542,7 +554,7 @@ def bench(args):
           * args.checkpoint_blocks)
     print(torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
           f"| torch {torch.__version__} | {kernels.path()}")
-    peak_memory(device, reset=True)
+    empty = peak_memory(device, reset=True)
     step, optimizer = stepper(model)
     timed(step)
     spent = timed(step)
@@ -570,8 +582,11 @@ def bench(args):
     if config.signals:
         ratio = statistics.median(b / a for a, b in zip(*times.values()))
         row("the controller's share", f"{1 - ratio:.1%}", f"of a step, median of {rounds} alternated pairs")
-    row("peak memory", f"{peak / 2**20:,.0f} MiB" if peak else "unknown",
-        "on the GPU" if device.type == "cuda" else "of the whole process")
+    if peak:
+        own = sum(4 * p.numel() for p in model.parameters())  # was there before the first step
+        row("peak memory", f"{peak / 2**20:,.0f} MiB", f"{(peak - empty + own) / 2**20:,.0f} of them for training; "
+            f"{memory_needed(config, B * T, dtype != 'fp32', device.type == 'cuda') / 2**20:,.0f} by the formula"
+            " without checkpointed blocks" * args.checkpoint_blocks)
 
     # Where the time goes: the same step, stopped at its joints.
     parts = {"blocks and controller": [], "head and loss": [], "optimizer": []}
