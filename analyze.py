@@ -336,16 +336,16 @@ def analyse_logs(paths, out):
 
 
 def load(path):
-    """-> the model (eval mode, on the GPU if there is one), its tokenizer, and the run: name, settings, tokenizer."""
+    """-> the model (eval mode, on the GPU if any), its tokenizer, and the run: name, tokenizer, kept, settings."""
     ckpt = load_file(path)
     model, tokenizer = ModulatedLM.from_checkpoint(ckpt, path), ckpt.get("tokenizer", "gpt2")  # the authors' is GPT-2's
     c, step = model.config, ckpt.get("step", "unknown")
     if not model.controller:
         raise ValueError(f"{path} was trained with --signals none: it has no controller to look into")
-    run = dict(name=os.path.join(*os.path.normpath(path).split(os.sep)[-2:]), tokenizer=tokenizer, kept=ckpt.get("kept"),
-               settings=(
+    run = dict(name=os.path.join(*os.path.normpath(path).split(os.sep)[-2:]), tokenizer=tokenizer, settings=(
         f"step {step} | salience {c.salience} | signals {','.join(c.signals)} | {c.n_layer} layers, {c.n_head} heads, "
         f"width {c.n_embd}, context {c.block_size}, controller {c.ncn_hidden} | {tokenizer} tokens"))
+    run["kept"] = ckpt.get("kept")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), get_tokenizer(tokenizer, run["kept"]), run
 
 
@@ -355,7 +355,8 @@ def read_validation(folder, model, run):
     if tokenizer != run["tokenizer"]:
         raise ValueError(f"{folder} holds {tokenizer} tokens, the checkpoint was trained on {run['tokenizer']} tokens: "
                          "name its own data with --data")
-    tokens, seen = read_tokens(os.path.join(folder, "val.bin"), vocab_size, model.config.block_size)
+    tokens, seen = read_tokens(os.path.join(folder, "val.bin"), vocab_size if run["kept"] else model.config.vocab_size,
+                               model.config.block_size)
     if run["kept"] and not np.isin(seen, run["kept"]).all():
         raise ValueError(f"{folder} holds tokens that the checkpoint's vocabulary lacks: name its own data with --data")
     return renumber(run["kept"])[tokens] if run["kept"] else tokens

@@ -18,7 +18,8 @@ Worth noticing:
 - The salience cache, future work in the paper: O(1) time and memory per generated token.
 - The model starts as the plain Transformer: every signal is at its neutral value at step 0, and stays there until
   moving it pays.
-- The loss never holds the logits of a whole batch (kernels.py), generation never recomputes a key or a value.
+- The loss never holds the logits of a whole batch (kernels.py). Generation computes a key or a value again only when
+  its window refills, and has a class of its own, the Decoder, for the same sums in as few operations as can be.
 """
 
 import math
@@ -193,7 +194,7 @@ class Controller(nn.Module):
         return self.out_proj(pooled.transpose(1, 2).flatten(2).to(x.dtype))
 
     def signals(self, u):
-        """Tonic + phasic, u (..., d) -> signals (..., L, 3) float32, and the sum of their mean squared deviations from 1."""
+        """Tonic + phasic, u (..., d) -> signals (..., L, 3) float32, and the sum of their mean squares of s - 1."""
         z = self.layer2(torch.tanh(self.layer1(self.norm(u))))  # Eq. 3 and 14
         z = z.unflatten(-1, (self.n_layer, 3))  # (..., L, 3), Eq. 4
         signals, deviation = actuate(z)  # Eq. 5, 6, 7, with precision clamped at 4
@@ -340,8 +341,9 @@ class ModulatedLM(nn.Module):
         Yields the next token of each row, (B,) int64, up to max_new_tokens times; prompt ids (B, T) int64, T >= 1.
 
         temperature 0 is greedy; top_k 0 keeps every token. Row r of seed s draws the same numbers whatever the batch.
-        A row that has drawn end_token goes on yielding it; when all have, the stream ends. A model trained with
-        `global` salience generates with `causal`: the prefix is all there is. Raises ValueError for bad arguments.
+        A row that has drawn end_token goes on yielding it; when all have, the stream ends (on a GPU up to 15 tokens
+        later). A model trained with `global` salience generates with `causal`: the prefix is all there is. A GPU
+        records edit with the third step and repeats it, so it may use tensors only. Raises ValueError.
         """
         if ids.dim() != 2 or ids.size(1) == 0:
             raise ValueError("the prompt has no tokens")
@@ -391,7 +393,7 @@ class ModulatedLM(nn.Module):
             else:
                 if graph is None:  # then one is recorded, not run ...
                     graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph):
+                    with torch.cuda.device(ids.device), torch.cuda.graph(graph):
                         step(newest)
                     decoder.length -= 1
                 graph.replay()  # ... and repeated: all it reads and writes stays where it is
@@ -404,8 +406,12 @@ class ModulatedLM(nn.Module):
 
     def generate(self, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=None, **how):
         """ids (B, T) -> (B, T + n), n <= max_new_tokens: the prompt and what `stream` makes of it; same arguments."""
-        new = list(self.stream(ids, max_new_tokens, temperature, top_k, top_p, seed, **how))
-        return torch.cat([ids, *(t[:, None] for t in new)], dim=1)
+        stream, n = self.stream(ids, max_new_tokens, temperature, top_k, top_p, seed, **how), ids.size(1)
+        text = torch.cat([ids, ids.new_empty(len(ids), max_new_tokens)], dim=1)
+        for token in stream:
+            text[:, n] = token
+            n += 1
+        return text[:, :n]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Files
@@ -467,12 +473,12 @@ class Decoder:
     Generation's step: ids (B, T) that follow those it has read -> the last one's logits (B, V). It computes what
     ModulatedLM does, but remembers each layer's keys and values and the salience state, in memory taken once.
 
-    A step for one token is bound by the reading of the weights and, on a CPU, by the number of operations: 13 us each,
-    however small. So there are as few as can be: the weights of norms are part of the next matrix, and all layers' places
-    in the cache are found at once. A CPU's weights lie in the order in which they are read, in one part for each core, as
-    a matrix and a vector would be multiplied by a single one. (2 cores, the paper's head: 0.8 ms, by F.linear 4.5 ms.) A
-    GPU's step asks nothing of the host, and reads all slots of the cache with a mask, so that it is the same work at
-    every position and can be recorded as a CUDA graph.
+    A step for one token is bound by the reading of the weights and, on a CPU, by the number of operations, some 10 us
+    each, however small. So there are as few as can be: the weights of norms are part of the next matrix, and all
+    layers' places in the cache are found at once. A CPU's weights lie in the order in which they are read, in one part
+    for each core, as a single one would multiply a matrix and a vector. (2 cores, the paper's head: 0.8 ms, by F.linear
+    4.5 ms.) A GPU's step asks nothing of the host, and reads all slots of the cache with a mask, so that it is the same
+    work at every position and can be recorded as a CUDA graph.
     """
 
     def __init__(self, model, batch):
@@ -488,17 +494,17 @@ class Decoder:
         self.eps, self.plain = weight.new_full((), d * 1e-5), weight.new_full((d,), d**-0.5)
         scaled = lambda linear, norm: linear.weight * (norm.weight * d**0.5)
         self.layers = [(self.lay(scaled(b.qkv, b.attn_norm)), self.lay(b.attn_out.weight),
-                        self.lay(scaled(b.ffn_in, b.ffn_norm), b.ffn_in.bias), self.lay(b.ffn_out.weight, b.ffn_out.bias))
-                       for b in model.blocks]
+                        self.lay(scaled(b.ffn_in, b.ffn_norm), b.ffn_in.bias),
+                        self.lay(b.ffn_out.weight, b.ffn_out.bias)) for b in model.blocks]
         self.head = self.lay(scaled(model.embed, model.norm))
         if k := model.controller:
             self.state = [torch.zeros(batch, *s, device=device) for s in ((h,), (h,), (h, d // h))]  # of the salience
             value = k.in_proj.weight.chunk(3)[2], k.in_proj.bias.chunk(3)[2]
-            self.pool = self.lay(*(torch.cat(pair) for pair in zip(value, k.folded())))  # value and score in one product
+            self.pool = self.lay(*(torch.cat(pair) for pair in zip(value, k.folded())))  # value and score at once
             self.out = self.lay(k.out_proj.weight, k.out_proj.bias)
 
     def lay(self, weight, bias=None):
-        """A Linear's weight (out, in), bias (out,) -> (parts, in, out/parts), (parts, 1, out/parts) or None, and out."""
+        """A Linear's weight (out, in), bias (out,) -> (parts, in, out/parts), (parts, 1, out/parts) or None, out."""
         def split(w):  # (out, n) -> (parts, n, out/parts); what is missing to whole parts is filled up
             return F.pad(w, (0, 0, 0, -len(w) % self.parts)).unflatten(0, (self.parts, -1)).transpose(1, 2).contiguous()
         return split(weight), None if bias is None else split(bias[:, None]), len(weight)
@@ -521,8 +527,7 @@ class Decoder:
     def __call__(self, ids, salience, edit=None):
         """ids may have one row for all of the batch. Only where length is 0 may they be several tokens."""
         m, c, (B, T), product = self.model, self.model.config, ids.shape, self.product
-        x = m.embed.weight[ids] + m.position.weight[self.position + self.slots[:T]]  # (B, T, d)
-        x = x.view(B * T, -1)
+        x = (m.embed(ids) + m.position(self.position + self.slots[:T])).view(B * T, -1)
         signals = x.new_ones(B, T, c.n_layer, 3)
         if m.controller:
             signals = self.signals(x, B, T, salience)
@@ -543,7 +548,7 @@ class Decoder:
                 write_cache(keys[i], values[i], *kv.expand(len(keys[i]), -1, -1, -1).chunk(2, dim=1), self.position)
             else:
                 place[i].copy_(kv)
-            if T > 1:
+            if self.length == 0:
                 y = F.scaled_dot_product_attention(q, *kv.chunk(2, dim=1), is_causal=True)  # (B, h, T, d/h)
             else:
                 y = F.scaled_dot_product_attention(q, keys[i], values[i], mask)

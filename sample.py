@@ -100,7 +100,8 @@ def write_trace(stream, rows, prompt, read, signal, layer):
         signals = signals[..., SIGNALS.index(signal)]
         return (signals.mean(-1) if layer is None else signals[..., layer]).tolist()
 
-    start, texts, values = time.perf_counter(), [[row.add(token) for token in prompt] for row in rows], [[] for _ in rows]
+    start, values = time.perf_counter(), [[] for _ in rows]
+    texts = [[row.add(token) for token in prompt] for row in rows]
     for row in rows:
         row.count = 0
     for tokens in stream:
@@ -109,6 +110,8 @@ def write_trace(stream, rows, prompt, read, signal, layer):
                 values[i].append(newest)
                 texts[i].append(rows[i].add(token))
     values = [value(read[0][1:-1]) + its for its in values]  # without the mark before the prompt; the last came above
+    for row in rows:
+        row.count -= not row.ended  # the one that is not shown
     low, high = min(map(min, values)), max(map(max, values))
     level = lambda x: (x - low) / (high - low or 1)
     print(f"{signal}, {'mean of the layers' if layer is None else f'layer {layer}'}: {low:.3f} "
@@ -131,6 +134,8 @@ def main():
         tokenizer = get_tokenizer(ckpt.get("tokenizer", "gpt2"), ckpt.get("kept"))
         if (doses != [1, 1, 1] or args.trace) and not model.controller:
             raise ValueError(f"{args.ckpt} has no controller to dose or to trace: it was trained with --signals none")
+        if args.max_new_tokens < 0:
+            raise ValueError(f"--max_new_tokens is {args.max_new_tokens}, it must be 0 or more")
         if args.layer is not None and not 0 <= args.layer < model.config.n_layer:
             raise ValueError(f"--layer is {args.layer}, the model has layers 0 to {model.config.n_layer - 1}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,6 +144,8 @@ def main():
             raise ValueError("the prompt has no tokens: give the text some beginning")
         # In training every story follows the end of another one: the same mark says here that a story begins.
         prompt = tokenizer.encode_ordinary(args.prompt)
+        if args.trace and len(prompt) >= model.config.block_size:
+            raise ValueError(f"--trace takes a prompt of up to {model.config.block_size - 1} tokens, not {len(prompt)}")
         ids = torch.tensor([[tokenizer.eot_token, *prompt]] * args.num_samples, dtype=torch.long, device=device)
         dose, read = torch.tensor(doses, device=device), []
 
@@ -151,8 +158,8 @@ def main():
             return signals
 
         trace = args.trace and sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ
-        stream = model.stream(ids, args.max_new_tokens + bool(trace), args.temperature, args.top_k, args.top_p, args.seed,
-                              args.salience, edit, tokenizer.eot_token)
+        stream = model.stream(ids, args.max_new_tokens + bool(trace), args.temperature, args.top_k, args.top_p,
+                              args.seed, args.salience, edit, tokenizer.eot_token)
         if trace:
             os.system("")  # lets an older Windows console understand colours
             write_trace(stream, [Row(tokenizer, "") for _ in ids], prompt, read, args.trace, args.layer)

@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import fields
 from datetime import datetime
 
 import numpy as np
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import kernels
 from ncn import NCNConfig, ModulatedLM, load_file
-from prepare import fail, get_tokenizer, keep
+from prepare import fail, keep
 
 # Every setting of a run: its value in the two presets, and what it is. Each is a flag of the same name.
 SETTINGS = {
@@ -51,8 +51,8 @@ SETTINGS = {
                                                            "controller, the plain Transformer",),
     "salience":           ("causal", "causal", "what the controller sees: causal (the past), global (the past and the "
                                                "future, as the paper trains), reactive (one token)"),
-    "vocab":              ("full",   "seen",   "of GPT-2's tokens: full, or seen, those that occur in the data and what they "
-                                               "are made of; per-token losses compare, and any text still encodes"),
+    "vocab":              ("full",   "seen",   "of GPT-2's tokens: full, or seen, those that occur in the data and "
+                                               "what they are made of; losses compare, and any text still encodes"),
     "batch_size":         (16,       1,        "sequences per micro-batch"),
     "grad_accum":         (4,        2,        "micro-batches per optimizer step, over all processes"),
     "max_steps":          (0,        3200,     "optimizer steps; 0: one epoch"),
@@ -82,7 +82,7 @@ def arguments():
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                         help="of the matrix products; auto: bf16 where it is fast, else fp16 on a GPU, fp32 on a CPU")
     parser.add_argument("--checkpoint_blocks", action="store_true",
-                        help="keep only each block's input for the backward pass: less memory, a third more work")
+                        help="keep only each block's input and compute the rest twice: less memory, more work")
     parser.add_argument("--bench", action="store_true", help="train nothing: time steps, print what bounds them")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, faster to run")
     for name, (paper, laptop, text) in SETTINGS.items():
@@ -205,7 +205,7 @@ def settle(args, cuda, ckpt):
     """The run's settings: a preset or the checkpoint's, overridden by flags; with the reasons, as lines to print."""
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     if ckpt:
-        settings, notes = dict(ckpt["settings"]), []
+        settings, notes = {"vocab": "full"} | ckpt["settings"], []
         changed = {name for name in given if given[name] != settings[name]}
         if refused := sorted(changed & {*MODEL, "vocab"}):
             raise ValueError(f"--resume cannot change the model: --{refused[0]} is {given[refused[0]]}, the checkpoint "
@@ -223,6 +223,8 @@ def settle(args, cuda, ckpt):
     for name in ("max_steps", "warmup_steps", "lr", "weight_decay", "grad_clip", "seed"):
         if not 0 <= settings[name] < math.inf:
             raise ValueError(f"--{name} is {settings[name]}, it must be 0 or more")
+    if settings["vocab"] not in ("full", "seen"):
+        raise ValueError(f"--vocab is {settings['vocab']}, it must be full or seen")
     for name in ("beta1", "beta2"):
         if not 0 <= settings[name] < 1:
             raise ValueError(f"--{name} is {settings[name]}, it must be in [0, 1)")
@@ -282,9 +284,13 @@ def train(args):
     T, B = s["block_size"], s["batch_size"]
     (tokens, seen), (val_tokens, val_seen) = (read_tokens(os.path.join(args.data, f"{x}.bin"), vocab_size, T)
                                               for x in ("train", "val"))
-    kept = None
-    if s["vocab"] == "seen" and tokenizer == "gpt2":
-        kept = keep(np.union1d(seen, val_seen))
+    kept = ckpt.get("kept") if ckpt else None
+    if s["vocab"] == "seen" and tokenizer == "gpt2" and not ckpt:
+        try:
+            kept = keep(np.union1d(seen, val_seen))
+        except ConnectionError:
+            raise ValueError("the GPT-2 vocabulary is neither cached nor reachable: go online once, or use --vocab full"
+                             ) from None
         notes.append(f"Vocabulary: {len(kept):,} of GPT-2's {vocab_size:,} tokens, those that occur and what they are "
                      "made of")
     ids = renumber(kept) if kept else None
@@ -484,7 +490,7 @@ def peak_memory(device, reset=False):
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")
         with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), None)
     except OSError:
         return None
 
@@ -493,29 +499,34 @@ def flops_per_token(c):
     """
     Multiplications and additions of a training step, per token: 2 for each weight of a matrix product in the forward
     pass and 4 in the backward pass. The tied head counts once, the look-up of an embedding and the folded query and
-    key of the controller not; attention looks over half of the context on average. 112 M at the paper's sizes.
+    key of the controller not; attention looks over half of the context on average. 111 M at the paper's sizes.
     """
     controller = 2 * c.n_embd**2 + c.n_embd * c.ncn_hidden + 3 * c.n_layer * c.ncn_hidden if c.signals else 0
-    return 6 * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd + c.n_layer * c.n_embd * c.block_size + controller)
+    blocks = c.n_layer * (12 * c.n_embd**2 + c.n_embd * c.block_size)
+    return 6 * (blocks + c.vocab_size * c.n_embd + controller)
 
 
 def memory_needed(c, rows, narrow, gpu):
     """
-    Bytes at the peak of a training step on `rows` tokens, without what torch itself takes: weights, gradients and AdamW's
-    two means (16 per parameter; 2 more for narrow copies), what the backward pass needs (counted in bytes per token and
-    width, in fp32 and in bf16 or fp16; a static model keeps a fifth less), the head's gradient and one chunk of logits.
+    Bytes at the peak of a training step on `rows` tokens, without what torch itself takes: weights, gradients and
+    AdamW's two means (16 per parameter; 2 more for narrow copies), what the backward pass needs (counted in bytes per
+    token and width, in fp32 and in bf16 or fp16; a static model keeps a fifth less), the head's gradient, raw and
+    scaled, and one chunk of logits.
     """
     parameters = (12 * c.n_layer * c.n_embd + c.vocab_size + c.block_size) * c.n_embd
     kept = 44 * c.n_layer + 29 if narrow else 78 * c.n_layer + 31
     logits = min(kernels.CHUNK[gpu], rows * c.vocab_size) * (2 if narrow else 4)
-    return parameters * (18 if narrow else 16) + rows * c.n_embd * kept + 4 * c.vocab_size * c.n_embd + logits
+    return parameters * (18 if narrow else 16) + rows * c.n_embd * kept + 8 * c.vocab_size * c.n_embd + logits
 
 
 def bench(args):
-    """Times training steps on random tokens, with the controller and without, and prints what bounds them."""
+    """
+    Times training steps on random tokens, with the controller and without, and prints what bounds them. The vocabulary
+    is that of the data, in full, or GPT-2's where there is none.
+    """
     device = pick_device()
-    s, notes = settle(args, device.type == "cuda", None)
-    vocab_size = read_meta(args.data)[2] if os.path.isdir(args.data) else 50257
+    s, _ = settle(args, device.type == "cuda", None)
+    vocab_size = read_meta(args.data)[2] if os.path.exists(os.path.join(args.data, "meta.json")) else 50257
     config = model_config(s, vocab_size)
     B, T, d, V = s["batch_size"], config.block_size, config.n_embd, vocab_size
     x, y = torch.randint(V, (2, B, T), device=device)
@@ -558,15 +569,16 @@ def bench(args):
     step, optimizer = stepper(model)
     timed(step)
     spent = timed(step)
-    peak = peak_memory(device)
+    peak = empty and peak_memory(device)
 
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device).to(DTYPES[dtype])
     rate = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(5))
     del a
-    variants = {"with the controller": step}
+    variants = {"with the controller" if config.signals else "--signals none": step}
+    static = model_config(s | {"signals": "none"}, V)
     if config.signals:
-        variants["--signals none"] = stepper(ModulatedLM(model_config(s | {"signals": "none"}, V)).to(device).train())[0]
+        variants["--signals none"] = stepper(ModulatedLM(static).to(device).train())[0]
         timed(variants["--signals none"])
     repeat, rounds = max(1, round(1 / spent)), 7 if spent < 5 else 3
     times = {name: [] for name in variants}
@@ -576,7 +588,7 @@ def bench(args):
     tokens = s["grad_accum"] * B * T
     for name, work in variants.items():
         middle = statistics.median(times[name])
-        flops = flops_per_token(config if work is step else model_config(s | {"signals": "none"}, V))
+        flops = flops_per_token(config if work is step else static)
         row(name, f"{tokens / middle:,.0f}", f"tokens/s; {flops / 1e6:.0f} MFLOP per token, "
             f"{flops * tokens / middle / rate:.0%} of the measured {rate / 1e12:.3g} TFLOP/s")
     if config.signals:
@@ -586,9 +598,9 @@ def bench(args):
         own = sum(4 * p.numel() for p in model.parameters())  # was there before the first step
         row("peak memory", f"{peak / 2**20:,.0f} MiB", f"{(peak - empty + own) / 2**20:,.0f} of them for training; "
             f"{memory_needed(config, B * T, dtype != 'fp32', device.type == 'cuda') / 2**20:,.0f} by the formula"
-            " without checkpointed blocks" * args.checkpoint_blocks)
+            + " without checkpointed blocks" * args.checkpoint_blocks)
 
-    # Where the time goes: the same step, stopped at its joints.
+    # Where the time goes: the same step, not compiled, stopped at its joints.
     parts = {"blocks and controller": [], "head and loss": [], "optimizer": []}
     for _ in range(4):
         def blocks():
@@ -607,23 +619,23 @@ def bench(args):
     middle = {name: statistics.median(spent[1:]) for name, spent in parts.items()}
     for name, spent in middle.items():
         row(name, f"{1e3 * spent:,.1f} ms", f"{spent / sum(middle.values()):.0%} of a micro-batch")
-    del variants, step, optimizer, model, out, leaf
+    del variants, work, step, optimizer, model, out, leaf
 
     # The head and its loss, ours and others, each from the memory the process holds before it.
     h, w = (torch.randn(*shape, device=device, dtype=DTYPES[dtype]) * 0.1 for shape in ((B * T, d), (V, d)))
     h, w, target = h.requires_grad_(), w.requires_grad_(), y.flatten()
-    rivals = {"linear_cross_entropy, ours": kernels.linear_cross_entropy,
-              "torch's, logits formed": lambda h, w, t: F.cross_entropy((h @ w.t()).float(), t)}
+    rivals = {"linear_cross_entropy, ours": kernels.linear_cross_entropy}
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=kernels.chunk(h, w))
         rivals["torch's, same chunks"] = lambda h, w, t: F.linear_cross_entropy(h, w, t, options=options)
-    spent, held = {name: [] for name in rivals}, {}
+    rivals["torch's, logits formed"] = lambda h, w, t: F.cross_entropy((h @ w.t()).float(), t)
+    spent, held = {name: [] for name in rivals}, dict.fromkeys(rivals, 0)
     for _ in range(4):
         for name, loss in rivals.items():
             before = peak_memory(device, reset=True)
             spent[name].append(timed(lambda: loss(h, w, target).backward()))
             h.grad = w.grad = None
-            held[name] = before and peak_memory(device) - before
+            held[name] = max(held[name], before and peak_memory(device) - before or 0)
     for name in rivals:
         row(name, f"{1e3 * statistics.median(spent[name][1:]):,.1f} ms",
             f"forward and backward, {B * T:,} tokens" + (f"; {held[name] / 2**20:,.0f} MiB" if held[name] else ""))
