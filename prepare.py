@@ -45,8 +45,8 @@ def get_tokenizer(name, kept=None):
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError):   # no network, or a damaged download
-        raise ConnectionError("the GPT-2 vocabulary is neither cached nor reachable: go online once, or use "
-                              "--tokenizer bytes") from None
+        raise ConnectionError("the GPT-2 vocabulary is neither cached nor reachable: go online once, or prepare "
+                              "with --tokenizer bytes") from None
     if kept is None:
         return gpt2
     ranks = {gpt2.decode_single_token_bytes(token): i for i, token in enumerate(kept[:-1])}     # END is the last
