@@ -194,7 +194,7 @@ class Controller(nn.Module):
         return self.out_proj(pooled.transpose(1, 2).flatten(2).to(x.dtype))
 
     def signals(self, u):
-        """Tonic + phasic, u (..., d) -> signals (..., L, 3) float32, and the sum of their mean squares of s - 1."""
+        """Tonic + phasic, u (..., d) -> signals (..., L, 3) float32, and the sum of their mean squared deviations."""
         z = self.layer2(torch.tanh(self.layer1(self.norm(u))))  # Eq. 3 and 14
         z = z.unflatten(-1, (self.n_layer, 3))  # (..., L, 3), Eq. 4
         signals, deviation = actuate(z)  # Eq. 5, 6, 7, with precision clamped at 4
@@ -533,6 +533,7 @@ class Decoder:
             signals = self.signals(x, B, T, salience)
             signals = edit(signals) if edit else signals
         gain, precision, gate = signals.unbind(-1)  # (B, T, L) each
+        # Eq. 10 and 11 as factors of the two branches.
         gains, both = (s.view(B * T, -1).split(1, -1) for s in (gain.contiguous(), gain * gate))  # L x (B * T, 1) each
         precisions = precision.to(x.dtype)[:, None].split(1, -1)  # L x (B, 1, T, 1)
         mask = (self.slots <= self.position)[None] if self.fixed else None  # (1, slots)
@@ -543,22 +544,22 @@ class Decoder:
         for i, (qkv, attn_out, ffn_in, ffn_out) in enumerate(self.layers):
             qkv = product(self.unit(x), qkv).view(B, T, 3 * c.n_head, -1).transpose(1, 2)  # (B, 3 h, T, d/h)
             q, kv = qkv.split((c.n_head, 2 * c.n_head), dim=1)
-            q = q * precisions[i]
+            q = q * precisions[i]  # Eq. 8
             if self.fixed:
                 write_cache(keys[i], values[i], *kv.expand(len(keys[i]), -1, -1, -1).chunk(2, dim=1), self.position)
             else:
                 place[i].copy_(kv)
-            if self.length == 0:
+            if self.length == 0:  # Eq. 9
                 y = F.scaled_dot_product_attention(q, *kv.chunk(2, dim=1), is_causal=True)  # (B, h, T, d/h)
             else:
                 y = F.scaled_dot_product_attention(q, keys[i], values[i], mask)
-            x = modulate(product(y.transpose(1, 2).reshape(B * T, -1), attn_out), x, gains[i])
-            x = modulate(product(F.gelu(product(self.unit(x), ffn_in)), ffn_out), x, both[i])
+            x = modulate(product(y.transpose(1, 2).reshape(B * T, -1), attn_out), x, gains[i])  # Eq. 10, (B * T, d)
+            x = modulate(product(F.gelu(product(self.unit(x), ffn_in)), ffn_out), x, both[i])  # Eq. 11, 12
         self.advance(T)
         return product(self.unit(x.view(B, T, -1)[:, -1]), self.head)
 
     def signals(self, x, B, T, salience):
-        """The controller: x (B * T, d) -> (B, T, L, 3)."""
+        """The controller, Eq. 1 to 7: x (B * T, d) -> (B, T, L, 3)."""
         k = self.model.controller
         pooled, scores = self.product(x, self.pool).split((x.size(1), k.n_head), dim=1)  # (B * T, d), (B * T, h)
         if salience == "causal":

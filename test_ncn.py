@@ -633,7 +633,8 @@ def test_operations_per_token_are_counted():
         with FlopCounterMode(display=False) as counter:
             model(ids, ids).total.backward()
         missed = 6 * c.n_layer * c.n_embd * c.block_size + 2 * c.vocab_size * c.n_embd
-        assert counter.get_total_flops() / ids.numel() + missed == pytest.approx(training.flops_per_token(c), rel=0.02)
+        ratio = (counter.get_total_flops() / ids.numel() + missed) / training.flops_per_token(c)
+        assert 1 <= ratio < (1.02 if signals else 1 + 1e-9)  # folding the salience query is work per call, not per token
     assert 110e6 < training.flops_per_token(NCNConfig()) < 117e6  # SPEC: 115 MFLOP per token
 
 
@@ -656,7 +657,7 @@ def test_memory_formula_counts_what_is_kept(dtype):
             kept.append(sum(storages.values()))
             del x
         formula = [training.memory_needed(c, rows, narrow, False) - rows * 99 * (2 if narrow else 4) for rows in (64, 128)]
-        assert kept[1] - kept[0] == pytest.approx(formula[1] - formula[0], rel=0.05)  # the logits come after what is kept
+        assert kept[1] - kept[0] == pytest.approx(formula[1] - formula[0], rel=0.02)  # the logits come after what is kept
 
 
 @pytest.mark.parametrize("flags", [[], ["--signals", "none", "--checkpoint_blocks"]])

@@ -415,7 +415,8 @@ def train(args):
 
     sums, counted, clock, began_step = torch.zeros(2, device=device), 0, time.perf_counter(), step
     share = s["grad_accum"] // world
-    loader = ThreadPoolExecutor(1)  # reads the next micro-batch while this one is computed
+    # Reads the next micro-batch while this one is computed. A new thread would pin memory for the first GPU.
+    loader = ThreadPoolExecutor(1, initializer=lambda: device.type == "cuda" and torch.cuda.set_device(device))
     ahead = loader.submit(batch, step * s["grad_accum"] + rank)
     while step < s["max_steps"]:
         rate = learning_rate(step + 1, s)
@@ -443,9 +444,9 @@ def train(args):
             task, homeostatic = (total(sums.clone()) / (counted * world)).tolist()
             healthy = total(torch.isfinite(norm).float()).item() == world or scaler.is_enabled()
             if not math.isfinite(task) or not healthy:
-                kept = f"the last good checkpoint is {latest}" if os.path.exists(latest) else "there is no checkpoint"
+                left = f"the last good checkpoint is {latest}" if os.path.exists(latest) else "there is no checkpoint"
                 log(f"Stopped: loss {task}, gradient norm {norm.item()} at step {step}")
-                raise FloatingPointError(f"loss or gradient not finite at step {step}; {kept}; try a lower --lr")
+                raise FloatingPointError(f"loss or gradient not finite at step {step}; {left}; try a lower --lr")
             now = time.perf_counter()
             speed = counted * world * B * T / (now - clock)
             done = step * s["grad_accum"]
