@@ -171,12 +171,10 @@ def _start(device):
 
 def _launcher(*tensors):
     """The launcher for these tensors, or None where the eager twin has to run."""
-    if torch.compiler.is_compiling():
-        return None
     device = tensors[0].device
+    if device not in _launchers and not tensors[0].is_cuda or torch.compiler.is_compiling():
+        return None
     if device not in _launchers:
-        if device.type != "cuda":
-            return None
         _launchers[device] = _start(device)
     for t in tensors:
         if (t.dtype not in _TYPES or t.device != device or not t.numel()
@@ -279,16 +277,17 @@ class _Actuate(torch.autograd.Function):   # the kernel's; the twin needs none
         return dz
 
 
-def actuate(z):
+def actuate(z, deviation=True):
     """The controller's outputs to signals (paper, section 4.1). z (..., L, 3), any float dtype -> signals
     (..., L, 3) float32: gain 2 sigmoid(z0), precision min(softplus(z1) + 0.01, 4), gate sigmoid(z2); and deviation
-    (3,) float32: the sum over all rows and layers of (s - 1)^2, for the homeostatic loss. Both differentiable."""
+    (3,) float32: the sum over all rows and layers of (s - 1)^2, for the homeostatic loss. Both differentiable. With
+    deviation=False the second may be None: generation has no use for it."""
     if _launcher(z):
         return _Actuate.apply(z)
     z = z.float()
     precision = (F.softplus(z[..., 1]) + 0.01).clamp(max=4)
     signals = torch.stack((2 * torch.sigmoid(z[..., 0]), precision, torch.sigmoid(z[..., 2])), -1)
-    return signals, (signals - 1).square().flatten(0, -2).sum(0)
+    return signals, (signals - 1).square().flatten(0, -2).sum(0) if deviation else None
 
 
 def _column(signal):
@@ -327,7 +326,8 @@ def modulate(y, residual, gain, gate=None):
             and residual.dtype in (y.dtype, torch.float32)
             and all(s.shape == (*y.shape[:-1], 1) and s.dtype == torch.float32 for s in signals)):
         return _Modulate.apply(y, residual, gain, gate)
-    return torch.addcmul(residual, y, gain if gate is None else gain * gate).to(residual.dtype)
+    out = torch.addcmul(residual, y, gain if gate is None else gain * gate)
+    return out if out.dtype == residual.dtype else out.to(residual.dtype)   # a .to without work costs 1 us, too
 
 
 def write_cache(k_cache, v_cache, k, v, position):

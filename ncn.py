@@ -138,7 +138,7 @@ def salience_step(score, value, state):
     old, new = (top - new_top).exp(), (score - new_top).exp()
     top.copy_(new_top)
     total.mul_(old).add_(new)
-    weighted.mul_(old[..., None]).add_(new[..., None] * value)
+    weighted.mul_(old[..., None]).addcmul_(new[..., None], value)
     return weighted / total[..., None]
 
 
@@ -473,56 +473,78 @@ class Decoder:
     Generation's step: ids (B, T) that follow those it has read -> the last one's logits (B, V). It computes what
     ModulatedLM does, but remembers each layer's keys and values and the salience state, in memory taken once.
 
-    A step for one token is bound by the reading of the weights and, on a CPU, by the number of operations, some 10 us
-    each, however small. So there are as few as can be: the weights of norms are part of the next matrix, and all
-    layers' places in the cache are found at once. A CPU's weights lie in the order in which they are read, in one part
-    for each core, as a single one would multiply a matrix and a vector. (2 cores, the paper's head: 0.8 ms, by F.linear
-    4.5 ms.) A GPU's step asks nothing of the host, and reads all slots of the cache with a mask, so that it is the same
-    work at every position and can be recorded as a CUDA graph.
+    A step for one token is bound by the reading of the weights and, on a CPU, by the number of operations, some 5 us
+    each, however small. So there are as few as can be: the weights of norms and the factors of GELU are part of the
+    matrices beside them, and all layers' places in the cache are found at once. A CPU's matrices are cut into parts,
+    one for each core, as a single one would multiply a matrix and a vector, and into more for several rows (8% faster
+    at 16); the head's, the largest, is laid out in the order in which it is read. (2 cores, the paper's head: 0.9 ms,
+    by F.linear 4.2 ms.) A GPU's step asks nothing of the host, and reads all slots of the cache with a mask, so that it
+    is the same work at every position and can be recorded as a CUDA graph.
     """
 
-    def __init__(self, model, batch):
+    @torch.no_grad()
+    def __init__(self, model, batch, gpu=None):
         self.model, c, weight = model, model.config, model.embed.weight
         d, h, device = c.n_embd, c.ncn_heads, weight.device
+        self.gpu = weight.is_cuda if gpu is None else gpu
         self.cache = weight.new_zeros(c.n_layer, batch, 2 * c.n_head, c.block_size, d // c.n_head)  # keys, then values
         self.length = 0  # tokens read, on the host ...
         self.position = torch.zeros((), dtype=torch.long, device=device)  # ... and on the device
         self.slots = torch.arange(c.block_size, device=device)
-        self.fixed = weight.is_cuda  # whether a step reads all slots
-        self.parts = 1 if weight.is_cuda else torch.get_num_threads()
         # x / rms(x) * w is x / sqrt(x . x + d eps) * (sqrt(d) w): the first factor is `unit`, the second the matrix's.
-        self.eps, self.plain = weight.new_full((), d * 1e-5), weight.new_full((d,), d**-0.5)
-        scaled = lambda linear, norm: linear.weight * (norm.weight * d**0.5)
+        self.eps, self.plain = weight.new_full((), (d * 1e-5) ** 0.5), weight.new_full((d,), d**-0.5)
+        scaled = lambda linear, norm, factor=1.0: linear.weight * (norm.weight * (d**0.5 * factor))
+        half = 0.5**0.5  # gelu(x) = (y + y erf y) / sqrt(2) with y = x / sqrt(2)
+        self.parts = 1 if self.gpu else max(2 if batch == 1 else 16, torch.get_num_threads())
         self.layers = [(self.lay(scaled(b.qkv, b.attn_norm)), self.lay(b.attn_out.weight),
-                        self.lay(scaled(b.ffn_in, b.ffn_norm), b.ffn_in.bias),
-                        self.lay(b.ffn_out.weight, b.ffn_out.bias)) for b in model.blocks]
-        self.head = self.lay(scaled(model.embed, model.norm))
+                        self.lay(scaled(b.ffn_in, b.ffn_norm, half), b.ffn_in.bias * half),
+                        self.lay(b.ffn_out.weight * half, b.ffn_out.bias)) for b in model.blocks]
         if k := model.controller:
             self.state = [torch.zeros(batch, *s, device=device) for s in ((h,), (h,), (h, d // h))]  # of the salience
             value = k.in_proj.weight.chunk(3)[2], k.in_proj.bias.chunk(3)[2]
             self.pool = self.lay(*(torch.cat(pair) for pair in zip(value, k.folded())))  # value and score at once
             self.out = self.lay(k.out_proj.weight, k.out_proj.bias)
+            self.layer1 = scaled(k.layer1, k.norm)
+        self.norm, self.head = model.norm.weight * d**0.5, weight
+        if not self.gpu:
+            size = -(-c.vocab_size // (16 * self.parts)) * 16
+            self.head, self.logits = weight.new_zeros(self.parts, d, size), weight.new_empty(batch, self.parts, size)
+            self.cut = weight.new_empty(self.parts, batch, size)
+            for i, rows in enumerate(weight.split(size)):
+                self.head[i, :, : len(rows)] = rows.t()
 
     def lay(self, weight, bias=None):
-        """A Linear's weight (out, in), bias (out,) -> (parts, in, out/parts), (parts, 1, out/parts) or None, out."""
-        def split(w):  # (out, n) -> (parts, n, out/parts); what is missing to whole parts is filled up
-            return F.pad(w, (0, 0, 0, -len(w) % self.parts)).unflatten(0, (self.parts, -1)).transpose(1, 2).contiguous()
-        return split(weight), None if bias is None else split(bias[:, None]), len(weight)
+        """
+        What product takes: a Linear's weight (out, in), bias (out,) or None, and out; for a CPU the first two in parts,
+        filled up where they do not divide: (parts, out/parts, in), (parts, out/parts, 1).
+        """
+        if self.gpu:
+            return weight, bias, len(weight)
+        split = lambda w: F.pad(w, (0, 0, 0, -len(w) % self.parts)).unflatten(0, (self.parts, -1))
+        several = self.cache.size(1) > 1  # rows: then the other order in memory is the faster one
+        return (split(weight).mT.contiguous().mT if several else split(weight),
+                None if bias is None else split(bias[:, None]), len(weight))
 
     def product(self, x, linear):
         """x (rows, in) through what lay returned -> (rows, out)."""
         weight, bias, out = linear
-        rows, x = len(x), x.expand(self.parts, -1, -1)
-        y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)  # (parts, rows, out/parts)
-        y = y.view(1, -1) if rows == 1 else y.transpose(0, 1).reshape(rows, -1)
+        if self.gpu:
+            return F.linear(x, weight, bias)
+        if x.size(0) == 1:
+            x = x.t().expand(self.parts, -1, -1)  # (parts, in, 1)
+            y = torch.bmm(weight, x) if bias is None else torch.baddbmm(bias, weight, x)  # (parts, out/parts, 1)
+            y = y.view(1, -1)
+        else:
+            x, weight = x.expand(self.parts, -1, -1), weight.mT
+            y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.mT, x, weight)  # (parts, rows, out/parts)
+            y = y.transpose(0, 1).flatten(1)
         return y if y.size(1) == out else y[:, :out]
 
     def unit(self, x):
         """x (rows, d) -> x / sqrt(x . x + d eps)."""
-        if x.is_cuda:
+        if self.gpu:
             return rms_norm(x, self.plain)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x * torch.addcmul(self.eps, norm, norm).rsqrt_()
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.eps)
 
     def __call__(self, ids, salience, edit=None):
         """ids may have one row for all of the batch. Only where length is 0 may they be several tokens."""
@@ -534,18 +556,18 @@ class Decoder:
             signals = edit(signals) if edit else signals
         gain, precision, gate = signals.unbind(-1)  # (B, T, L) each
         # Eq. 10 and 11 as factors of the two branches.
-        gains, both = (s.view(B * T, -1).split(1, -1) for s in (gain.contiguous(), gain * gate))  # L x (B * T, 1) each
-        precisions = precision.to(x.dtype)[:, None].split(1, -1)  # L x (B, 1, T, 1)
-        mask = (self.slots <= self.position)[None] if self.fixed else None  # (1, slots)
+        gains, both = (s.reshape(B * T, -1, 1).unbind(1) for s in (gain, gain * gate))  # L x (B * T, 1) each
+        precisions = precision.to(x.dtype)[:, None, :, :, None].unbind(3)  # L x (B, 1, T, 1)
+        mask = (self.slots <= self.position)[None] if self.gpu else None  # (1, slots)
         end = self.length + T
         place = self.cache[:, :, :, self.length : end].unbind()  # L x (batch, 2 h, T, d/h)
-        known = self.cache if self.fixed else self.cache[:, :, :, :end]
+        known = self.cache if self.gpu else self.cache[:, :, :, :end]
         keys, values = (its.unbind() for its in known.chunk(2, dim=2))  # L x (batch, h, slots, d/h) each
         for i, (qkv, attn_out, ffn_in, ffn_out) in enumerate(self.layers):
             qkv = product(self.unit(x), qkv).view(B, T, 3 * c.n_head, -1).transpose(1, 2)  # (B, 3 h, T, d/h)
-            q, kv = qkv.split((c.n_head, 2 * c.n_head), dim=1)
+            q, kv = qkv.narrow(1, 0, c.n_head), qkv.narrow(1, c.n_head, 2 * c.n_head)
             q = q * precisions[i]  # Eq. 8
-            if self.fixed:
+            if self.gpu:
                 write_cache(keys[i], values[i], *kv.expand(len(keys[i]), -1, -1, -1).chunk(2, dim=1), self.position)
             else:
                 place[i].copy_(kv)
@@ -554,25 +576,34 @@ class Decoder:
             else:
                 y = F.scaled_dot_product_attention(q, keys[i], values[i], mask)
             x = modulate(product(y.transpose(1, 2).reshape(B * T, -1), attn_out), x, gains[i])  # Eq. 10, (B * T, d)
-            x = modulate(product(F.gelu(product(self.unit(x), ffn_in)), ffn_out), x, both[i])  # Eq. 11, 12
+            y = product(self.unit(x), ffn_in)
+            y = y.addcmul_(y, y.erf())
+            x = modulate(product(y, ffn_out), x, both[i])  # Eq. 11, 12
         self.advance(T)
-        return product(self.unit(x.view(B, T, -1)[:, -1]), self.head)
+        x = self.unit(x.view(B, T, -1)[:, -1]) * self.norm
+        if self.gpu:
+            return F.linear(x, self.head)
+        torch.bmm(x.expand(self.parts, -1, -1), self.head, out=self.cut[:, :B])  # (parts, B, V/parts)
+        return self.logits[:B].copy_(self.cut[:, :B].transpose(0, 1)).flatten(1)[:, : c.vocab_size]
 
     def signals(self, x, B, T, salience):
         """The controller, Eq. 1 to 7: x (B * T, d) -> (B, T, L, 3)."""
         k = self.model.controller
-        pooled, scores = self.product(x, self.pool).split((x.size(1), k.n_head), dim=1)  # (B * T, d), (B * T, h)
+        pooled, scores = torch.split_with_sizes(self.product(x, self.pool), (x.size(1), k.n_head), 1)
         if salience == "causal":
-            scores = scores.view(B, T, -1).transpose(1, 2).float()  # (B, h, T)
-            value = pooled.view(B, T, k.n_head, -1).transpose(1, 2).float()  # (B, h, T, e)
+            scores, value = scores.view(B, T, -1).float(), pooled.view(B, T, k.n_head, -1).float()  # (B, T, h, e)
             if self.length == 0:
-                pooled, last = salience_pool(scores, value)  # (B, h, T, e)
+                pooled, last = salience_pool(scores.transpose(1, 2), value.transpose(1, 2))  # (B, h, T, e)
+                pooled = pooled.transpose(1, 2)
                 for kept, new in zip(self.state, last):
                     kept.copy_(new)
             else:
-                pooled = salience_step(scores[:, :, 0], value[:, :, 0], self.state)[:, :, None]  # (B, h, 1, e)
-            pooled = pooled.transpose(1, 2).reshape(B * T, -1).to(x.dtype)
-        return k.signals(self.product(pooled, self.out) + x)[0].view(B, T, -1, 3)
+                pooled = salience_step(scores[:, 0], value[:, 0], self.state)  # (B, h, e)
+            pooled = pooled.reshape(B * T, -1).to(x.dtype)
+        u = self.unit(self.product(pooled, self.out) + x)
+        z = k.layer2(F.linear(u, self.layer1, k.layer1.bias).tanh()).view(B, T, -1, 3)
+        signals, _ = actuate(z, deviation=False)
+        return signals if k.all_active else torch.where(k.active, signals, 1.0)
 
     def advance(self, n):
         self.length += n
@@ -590,10 +621,11 @@ def sample(logits, chance, temperature, top_k, top_p):
         return logits.argmax(-1)
     likely, token = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), falling
     p = ((likely - likely[:, :1]) / temperature).softmax(-1)
-    kept = p.cumsum(-1) - p < top_p  # the token that reaches top_p still counts, so one always does
-    upto = (p * kept).cumsum(-1)
-    choice = (upto <= chance[:, None] * upto[:, -1:]).sum(-1, keepdim=True)
-    choice = torch.minimum(choice, kept.sum(-1, keepdim=True) - 1)  # chance * total may round up to total
+    if top_p < 1:
+        p = p * (p.cumsum(-1) - p < top_p)  # the token that reaches top_p still counts, so one always does
+    upto = p.cumsum(-1)
+    # A little below the total even where chance is next to 1: what is found has a probability.
+    choice = torch.searchsorted(upto, chance[:, None] * (upto[:, -1:] * (1 - 2**-22)), right=True)
     return token.gather(-1, choice).squeeze(-1)
 
 

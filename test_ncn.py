@@ -309,15 +309,14 @@ def test_cached_generation_is_the_full_pass(salience, trained_as):
     assert len(seen) > 8  # not stuck on one token, where any cache would look right
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("gpu, parts", [(True, 1), (False, 2), (False, 3)])
 @pytest.mark.parametrize("config", [dict(), dict(signals=()), dict(signals=("precision",)), dict(salience="reactive")])
-def test_decoder_is_the_model(fixed, parts, config, monkeypatch):
-    """A step at a time against the full pass; fixed: as a GPU decodes, over all slots, the unwritten ones masked."""
+@pytest.mark.parametrize("batch", [1, 2])
+def test_decoder_is_the_model(gpu, parts, config, batch, monkeypatch):
+    """A step at a time against the full pass; gpu: as a GPU decodes, over all slots, the unwritten ones masked."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: parts)  # weights that do not divide evenly, too
-    model, ids = lively(**config), tokens(2, 16)
-    decoder, double = ncn.Decoder(model, 2), lambda signals: 2 * signals
-    decoder.fixed = fixed
+    model, ids = lively(**config), tokens(batch, 16)
+    decoder, double = ncn.Decoder(model, batch, gpu), lambda signals: 2 * signals
     for edit in (None, double):
         decoder.cache.fill_(9e3)  # what was never written must not count
         with torch.no_grad():
