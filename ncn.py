@@ -212,9 +212,28 @@ class Controller(nn.Module):
 # Block
 
 
+class _Dropout(torch.autograd.Function):
+    """For a CPU: 16 random bits per number instead of 32, one byte kept instead of 4. (2 cores, (4, 512, 256): 1.0 ms,
+    F.dropout 3.5.) The share that stays is a multiple of 1/65536, and what stays is scaled by exactly its inverse."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        stay = round((1 - p) * 2**16)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.long).random_(-(2**63), None).view(torch.int16)
+        keep = (bits[: x.numel()] < stay - 2**15).view(x.shape)
+        ctx.save_for_backward(keep)
+        ctx.scale = 2**16 / stay
+        return x * keep.to(x.dtype).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * ctx.saved_tensors[0].to(dy.dtype).mul_(ctx.scale), None
+
+
 def dropout(x, p, training):
-    """F.dropout, but on a CPU, too, it keeps one byte per number for the backward pass, not four."""
-    return torch.native_dropout(x, p, True)[0] if training and p else x
+    if not training or not p:
+        return x
+    return F.dropout(x, p) if x.is_cuda or torch.compiler.is_compiling() else _Dropout.apply(x, p)
 
 
 class Block(nn.Module):
@@ -234,7 +253,15 @@ class Block(nn.Module):
         """x (B, T, d), this layer's signals (B, T, 3) or None for the plain Transformer -> (B, T, d)."""
         gain, precision, gate = (None,) * 3 if signals is None else signals.split(1, dim=-1)  # (B, T, 1) each
         x = self.add(x, self.attention(self.attn_norm(x), precision), gain)  # Eq. 10
-        return self.add(x, self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))), gain, gate)  # Eq. 11, 12
+        return self.add(x, self.ffn(self.ffn_norm(x)), gain, gate)  # Eq. 11, 12
+
+    def ffn(self, x):
+        x, rest = self.ffn_in(x), lambda x: self.ffn_out(F.gelu(x))
+        if not self.training or x.numel() < 2**20:
+            return rest(x)
+        # The backward pass computes GELU again instead of keeping its result, a fifth of a block's memory. It costs
+        # nothing that can be measured where that is much, 3% of a step where it is little.
+        return checkpoint(rest, x, use_reentrant=False, preserve_rng_state=False)
 
     def add(self, x, branch, gain, gate=None):
         """One branch joins the residual stream, scaled by its signals."""

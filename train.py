@@ -507,17 +507,17 @@ def flops_per_token(c):
     return 6 * (blocks + c.vocab_size * c.n_embd + controller)
 
 
-def memory_needed(c, rows, narrow, gpu):
+def memory_needed(c, rows, narrow):
     """
     Bytes at the peak of a training step on `rows` tokens, without what torch itself takes: weights, gradients and
     AdamW's two means (16 per parameter; 2 more for narrow copies), what the backward pass needs (counted in bytes per
-    token and width, in fp32 and in bf16 or fp16; a static model keeps a fifth less), the head's gradient, raw and
-    scaled, and one chunk of logits.
+    token and width, in fp32 and in bf16 or fp16; a static model keeps a fifth less), the gradient of the head's next
+    micro-batch, and one chunk of logits.
     """
     parameters = (12 * c.n_layer * c.n_embd + c.vocab_size + c.block_size) * c.n_embd
-    kept = 44 * c.n_layer + 29 if narrow else 78 * c.n_layer + 31
-    logits = min(kernels.CHUNK[gpu], rows * c.vocab_size) * (2 if narrow else 4)
-    return parameters * (18 if narrow else 16) + rows * c.n_embd * kept + 8 * c.vocab_size * c.n_embd + logits
+    kept = 36 * c.n_layer + 29 if narrow else 62 * c.n_layer + 31
+    logits = min(kernels.CHUNK, rows * c.vocab_size * (2 if narrow else 4))
+    return parameters * (18 if narrow else 16) + rows * c.n_embd * kept + 4 * c.vocab_size * c.n_embd + logits
 
 
 def bench(args):
@@ -598,7 +598,7 @@ def bench(args):
     if peak:
         own = sum(4 * p.numel() for p in model.parameters())  # was there before the first step
         row("peak memory", f"{peak / 2**20:,.0f} MiB", f"{(peak - empty + own) / 2**20:,.0f} of them for training; "
-            f"{memory_needed(config, B * T, dtype != 'fp32', device.type == 'cuda') / 2**20:,.0f} by the formula"
+            f"{memory_needed(config, B * T, dtype != 'fp32') / 2**20:,.0f} by the formula"
             + " without checkpointed blocks" * args.checkpoint_blocks)
 
     # Where the time goes: the same step, not compiled, stopped at its joints.
