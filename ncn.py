@@ -218,7 +218,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, p):
-        stay = round((1 - p) * 2**16)
+        stay = min(max(round((1 - p) * 2**16), 1), 2**16 - 1)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.long).random_(-(2**63), None).view(torch.int16)
         keep = (bits[: x.numel()] < stay - 2**15).view(x.shape)
         ctx.save_for_backward(keep)
@@ -231,6 +231,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def dropout(x, p, training):
+    """F.dropout(x, p, training), by the fastest way that the device has."""
     if not training or not p:
         return x
     return F.dropout(x, p) if x.is_cuda or torch.compiler.is_compiling() else _Dropout.apply(x, p)
@@ -497,8 +498,9 @@ class ModulatedLM(nn.Module):
 
 class Decoder:
     """
-    Generation's step: ids (B, T) that follow those it has read -> the last one's logits (B, V). It computes what
-    ModulatedLM does, but remembers each layer's keys and values and the salience state, in memory taken once.
+    Generation's step: ids (B, T) that follow those it has read -> the last one's logits (B, V), valid until the next
+    step. It computes what ModulatedLM does, but remembers each layer's keys and values and the salience state, in memory
+    taken once.
 
     A step for one token is bound by the reading of the weights and, on a CPU, by the number of operations, some 5 us
     each, however small. So there are as few as can be: the weights of norms and the factors of GELU are part of the
@@ -533,10 +535,10 @@ class Decoder:
             self.out = self.lay(k.out_proj.weight, k.out_proj.bias)
             self.layer1 = scaled(k.layer1, k.norm)
         self.norm, self.head = model.norm.weight * d**0.5, weight
-        if not self.gpu:
+        if not self.gpu:  # the head as it is read, and a place for its results: part by part, then row by row
             size = -(-c.vocab_size // (16 * self.parts)) * 16
-            self.head, self.logits = weight.new_zeros(self.parts, d, size), weight.new_empty(batch, self.parts, size)
-            self.cut = weight.new_empty(self.parts, batch, size)
+            self.head, self.results = weight.new_zeros(self.parts, d, size), weight.new_empty(self.parts, batch, size)
+            self.logits = weight.new_empty(batch, self.parts, size)
             for i, rows in enumerate(weight.split(size)):
                 self.head[i, :, : len(rows)] = rows.t()
 
@@ -610,8 +612,8 @@ class Decoder:
         x = self.unit(x.view(B, T, -1)[:, -1]) * self.norm
         if self.gpu:
             return F.linear(x, self.head)
-        torch.bmm(x.expand(self.parts, -1, -1), self.head, out=self.cut[:, :B])  # (parts, B, V/parts)
-        return self.logits[:B].copy_(self.cut[:, :B].transpose(0, 1)).flatten(1)[:, : c.vocab_size]
+        y = torch.bmm(x.expand(self.parts, -1, -1), self.head, out=self.results[:, :B])  # (parts, B, V/parts)
+        return self.logits[:B].copy_(y.transpose(0, 1)).flatten(1)[:, : c.vocab_size]
 
     def signals(self, x, B, T, salience):
         """The controller, Eq. 1 to 7: x (B * T, d) -> (B, T, L, 3)."""

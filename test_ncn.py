@@ -636,6 +636,8 @@ def test_dropout():
     assert torch.allclose(dropped.float().T.corrcoef(), torch.eye(4), atol=0.01)
     for size in (1, 2, 3, 5):
         assert ncn.dropout(torch.ones(size, dtype=torch.bfloat16), 0.9, True).shape == (size,)
+    assert (ncn.dropout(torch.ones(1000), 1e-7, True) != 0).float().mean() > 0.99  # as near to 0 and 1 as 16 bits go
+    assert (ncn.dropout(torch.ones(1000), 1 - 1e-7, True) == 0).float().mean() > 0.99
 
 
 def test_operations_per_token_are_counted():
