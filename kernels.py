@@ -364,7 +364,7 @@ def _softmax_loss(logits, targets, gradient):
         launch(_name("softmax_loss", logits), *_grid(logits, *logits.shape),
                (logits, loss, targets, *logits.shape, logits.stride(0), int(gradient)))
         return loss, logits
-    # A few rows at a time stay in the cache between the operations: 2.6 times as fast in bf16 (fp32: 1.1), no large copy.
+    # A few rows at a time stay in the cache between the operations: 2.6 times as fast in bf16, 1.1 times in fp32.
     rows = len(logits) if torch.compiler.is_compiling() else max(1, (1 << 20) // logits.shape[1])
     losses = []
     for part, target in zip(logits.split(rows), targets.split(rows)):
@@ -423,7 +423,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):   # 1/N here, in fp32: p / 8192 would underflow in half precision
         h, weight, targets = ctx.saved_tensors
-        if ctx.gradients is None:   # a second time (retain_graph): the first has changed them in place and given them away
+        if ctx.gradients is None:   # a second time (retain_graph): the first has changed them and given them away
             _, _, *ctx.gradients = _chunks(h.to(ctx.dtype), weight.to(ctx.dtype), targets, *ctx.needs_input_grad[:2])
         scale = grad / ctx.n
         dh, dw = (None if g is None else g.float().mul_(scale).to(x.dtype) for g, x in zip(ctx.gradients, (h, weight)))

@@ -499,8 +499,8 @@ class ModulatedLM(nn.Module):
 class Decoder:
     """
     Generation's step: ids (B, T) that follow those it has read -> the last one's logits (B, V), valid until the next
-    step. It computes what ModulatedLM does, but remembers each layer's keys and values and the salience state, in memory
-    taken once.
+    step. It computes what ModulatedLM does, but remembers each layer's keys and values and the salience state, in
+    memory taken once.
 
     A step for one token is bound by the reading of the weights and, on a CPU, by the number of operations, some 5 us
     each, however small. So there are as few as can be: the weights of norms and the factors of GELU are part of the
