@@ -653,8 +653,8 @@ def sample(logits, chance, temperature, top_k, top_p):
     if top_p < 1:
         p = p * (p.cumsum(-1) - p < top_p)  # the token that reaches top_p still counts, so one always does
     upto = p.cumsum(-1)
-    # A little below the total even where chance is next to 1: what is found has a probability.
-    choice = torch.searchsorted(upto, chance[:, None] * (upto[:, -1:] * (1 - 2**-22)), right=True)
+    # chance is 1 - 2^-24 at most, so the product is below the total, rounded or not: what is found has a probability.
+    choice = torch.searchsorted(upto, chance[:, None] * upto[:, -1:], right=True)
     return token.gather(-1, choice).squeeze(-1)
 
 

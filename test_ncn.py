@@ -404,6 +404,14 @@ def test_sample_draws_the_stated_distribution():
     assert (ncn.sample(logits.expand(n, -1), chance, 0, 50, 1.0) == logits.argmax()).all()
     edge = torch.tensor([[0.0, 0.0, -1e30]])
     assert ncn.sample(edge, torch.tensor([1 - 2**-24]), 1.0, 0, 1.0).item() in (0, 1)  # never a token without probability
+    quarters = ncn.sample(torch.zeros(4, 4), torch.tensor([0.0, 0.25, 0.5, 0.75]), 1.0, 0, 1.0)
+    assert sorted(quarters.tolist()) == [0, 1, 2, 3]  # each from its lower end on
+    many = torch.randn(5000, 40) * torch.linspace(0, 9, 5000)[:, None]
+    for top_p in (0.05, 0.5, 0.9):  # the highest chance finds no token that top_p cuts off
+        p = many.softmax(-1).sort(-1, descending=True).values
+        drawn = ncn.sample(many, torch.full((5000,), 1 - 2**-24), 1.0, 0, top_p)
+        lowest = p.gather(1, ((p.cumsum(-1) - p < top_p).sum(-1, keepdim=True) - 1))
+        assert (many.softmax(-1).gather(1, drawn[:, None]) >= lowest * 0.999).all()
 
 
 @pytest.mark.parametrize("bad", [dict(temperature=-0.1), dict(temperature=math.nan), dict(top_p=0.0), dict(top_p=1.1),
