@@ -364,8 +364,9 @@ def _softmax_loss(logits, targets, gradient):
         launch(_name("softmax_loss", logits), *_grid(logits, *logits.shape),
                (logits, loss, targets, *logits.shape, logits.stride(0), int(gradient)))
         return loss, logits
-    # A few rows at a time stay in the cache between the operations: 2.6 times as fast in bf16, 1.1 times in fp32.
-    rows = len(logits) if torch.compiler.is_compiling() else max(1, (1 << 20) // logits.shape[1])
+    # On a CPU a few rows at a time, which stay in the cache: 2.6 times as fast in bf16, 1.1 times in fp32.
+    whole = logits.is_cuda or torch.compiler.is_compiling()
+    rows = len(logits) if whole else max(1, (1 << 20) // logits.shape[1])
     losses = []
     for part, target in zip(logits.split(rows), targets.split(rows)):
         valid, index, wide = (target >= 0).unsqueeze(1), target.clamp(min=0).unsqueeze(1), part.float()

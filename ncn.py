@@ -653,8 +653,9 @@ def sample(logits, chance, temperature, top_k, top_p):
     if top_p < 1:
         p = p * (p.cumsum(-1) - p < top_p)  # the token that reaches top_p still counts, so one always does
     upto = p.cumsum(-1)
-    # chance is 1 - 2^-24 at most, so the product is below the total, rounded or not: what is found has a probability.
     choice = torch.searchsorted(upto, chance[:, None] * upto[:, -1:], right=True)
+    # A GPU sums in an order of its own: what has no probability may seem to add some, and must not be drawn.
+    choice = torch.minimum(choice, (p > 0).sum(-1, keepdim=True) - 1)
     return token.gather(-1, choice).squeeze(-1)
 
 
