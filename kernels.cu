@@ -2,28 +2,28 @@
 // with NVRTC, which has no include path, so nothing is included. The tests compile this very file with g++ and
 // run one CPU thread per CUDA thread.
 //
-// Why fuse? Each of these does a few operations per number: its time is the bytes it moves over the card's
+// Why fuse? Each of these does a few operations per element: its time is the bytes it moves over the card's
 // bandwidth. Plain PyTorch runs RMSNorm as five or six kernels, each of which reads and writes the whole tensor;
 // fused, it is read once and written once. The road from naive to fast is the same in all five:
 //   1. Naive: one thread per row. Right, but the 32 threads of a warp then read 32 addresses a row apart, and each
-//      memory transaction of 32 bytes brings one number that anybody wants.
-//   2. A TEAM of threads per row: neighbours read neighbours, every byte fetched is used, and the row's sum goes
+//      memory transaction of 32 bytes brings one element that anybody wants.
+//   2. A THREAD GROUP per row: neighbours read neighbours, every byte fetched is used, and the row's sum goes
 //      through warp shuffles (registers to registers) instead of memory.
-//   3. A UNIT of 8 numbers per thread, in loads of 16 bytes: fewer instructions for the same bytes, so that more
-//      are in flight. Only where the address allows it; rows of odd width take single loads.
-//   4. The row stays in registers between the reduction and the result. A team has at most 512 threads (so that
-//      each may have 64 registers), which does for 4,096 numbers; a wider row is read again, from the cache.
-// Numbers are float, f16 or bf16 in memory and float in registers. Indices have 64 bits.
+//   3. A VECTOR of 8 elements per thread, in loads of 16 bytes: fewer instructions for the same bytes, so that more
+//      are in flight. Only where the address is aligned to 16 bytes; rows of odd width take scalar loads.
+//   4. The row stays in registers between the reduction and the result. A group has at most 512 threads (so that
+//      each may have 64 registers), which does for 4,096 elements; a wider row is read again, from the cache.
+// Elements are float, f16 or bf16 in memory and float in registers. Indices have 64 bits.
 //
-// A block is blockDim.y teams of blockDim.x threads, a power of two. Either a team is one warp (blockDim.x == 32,
-// rows up to 256 wide; several teams per block) or it is the whole block (blockDim.y == 1). Teams walk over the
+// A block is blockDim.y groups of blockDim.x threads, a power of two. Either a group is one warp (blockDim.x == 32,
+// rows up to 256 wide; several groups per block) or it is the whole block (blockDim.y == 1). Groups walk over the
 // rows with a stride, so any grid does any number of rows.
 typedef long long i64;
 struct f16 { unsigned short bits; };
 struct bf16 { unsigned short bits; };
 
-// ---- Conversions. cuda_fp16.h is not to be had without a toolkit; two lines of PTX do its work. On a CPU the
-// shim around this file brings half_to_float and float_to_half.
+// ---- Conversions. cuda_fp16.h requires the toolkit; two lines of PTX do its work. On a CPU the shim around this
+// file brings half_to_float and float_to_half.
 #ifdef __CUDACC__
 __device__ inline float half_to_float(unsigned short h) {
     float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h)); return x;
@@ -46,10 +46,10 @@ __device__ inline void from_float(bf16& to, float x) {   // round to nearest, ti
 #endif
 }
 
-// ---- One unit: numbers i .. i+7 of a row that ends at n.
+// ---- One vector: elements i .. i+7 of a row that ends at n.
 __device__ inline bool whole(const void* p, i64 i, i64 n) { return i + 8 <= n && ((i64)p & 15) == 0; }
 
-template <typename T> __device__ inline void load(float (&v)[8], const T* row, i64 i, i64 n, float beyond = 0) {
+template <typename T> __device__ inline void load(float (&v)[8], const T* row, i64 i, i64 n, float fill = 0) {
     if (whole(row + i, i, n)) {
         alignas(16) T t[8];
         #pragma unroll
@@ -58,7 +58,7 @@ template <typename T> __device__ inline void load(float (&v)[8], const T* row, i
         for (int k = 0; k < 8; k++) v[k] = to_float(t[k]);
     } else {
         #pragma unroll
-        for (int k = 0; k < 8; k++) v[k] = i + k < n ? to_float(row[i + k]) : beyond;
+        for (int k = 0; k < 8; k++) v[k] = i + k < n ? to_float(row[i + k]) : fill;
     }
 }
 
@@ -75,15 +75,15 @@ template <typename T> __device__ inline void store(T* row, i64 i, i64 n, const f
     }
 }
 
-// ---- Which rows are this team's, and which units of a row are this thread's.
+// ---- Which rows are this group's, and which vectors of a row are this thread's.
 __device__ inline i64 first_row() { return blockIdx.x * (i64)blockDim.y + threadIdx.y; }
 __device__ inline i64 row_step() { return gridDim.x * (i64)blockDim.y; }
-__device__ inline i64 first_unit() { return threadIdx.x * 8LL; }
-__device__ inline i64 unit_step() { return blockDim.x * 8LL; }   // also: the widest row that fits in registers
+__device__ inline i64 first_vector() { return threadIdx.x * 8LL; }
+__device__ inline i64 vector_step() { return blockDim.x * 8LL; }   // also: the widest row that fits in registers
 
-// ---- A reduction over the team; every thread gets the result. Within a warp, values go from register to
+// ---- A reduction over the group; every thread gets the result. Within a warp, values go from register to
 // register: after an exchange with the lane 16 away, then 8, 4, 2, 1, all 32 lanes hold the total. Between the
-// warps of a team they go through shared memory, one number per warp.
+// warps of a group they go through shared memory, one element per warp.
 struct Sum { static __device__ inline float of(float a, float b) { return a + b; } };
 struct Max { static __device__ inline float of(float a, float b) { return fmaxf(a, b); } };
 
@@ -109,15 +109,15 @@ template <typename T> __global__ __launch_bounds__(512) void rms_norm_forward(
         i64 rows, i64 d, double eps) {
     for (i64 row = first_row(); row < rows; row += row_step()) {
         float v[8] = {}, w[8], sum = 0;
-        for (i64 i = first_unit(); i < d; i += unit_step()) {
+        for (i64 i = first_vector(); i < d; i += vector_step()) {
             load(v, x + row * d, i, d);
             #pragma unroll
             for (int k = 0; k < 8; k++) sum += v[k] * v[k];
         }
         float r = rsqrtf(reduce<Sum>(sum) / d + (float)eps);
         if (threadIdx.x == 0) rstd[row] = r;
-        for (i64 i = first_unit(); i < d; i += unit_step()) {
-            if (d > unit_step()) load(v, x + row * d, i, d);   // else v still holds it
+        for (i64 i = first_vector(); i < d; i += vector_step()) {
+            if (d > vector_step()) load(v, x + row * d, i, d);   // else v still holds it
             load(w, weight, i, d);
             #pragma unroll
             for (int k = 0; k < 8; k++) v[k] = v[k] * r * w[k];
@@ -127,18 +127,18 @@ template <typename T> __global__ __launch_bounds__(512) void rms_norm_forward(
 }
 
 // With xhat = x * rstd:  dx = rstd * (dy * weight - xhat * mean(dy * weight * xhat)),  dweight = sum over rows of
-// dy * xhat. The naive sum over rows is an atomic add per number: slow, and in another order every run. Here a
-// thread keeps its 8 columns in registers over all rows of its team, and each block writes one row of `partial`
+// dy * xhat. The naive sum over rows is an atomic add per element: slow, and in another order every run. Here a
+// thread keeps its 8 columns in registers over all rows of its group, and each block writes one row of `partial`
 // (blocks, d), which torch sums. So dy and x are read once for both gradients. `partial` comes zeroed: a row too
-// wide for registers is added up in it directly (no race: team = block, and a column belongs to one thread).
+// wide for registers is added up in it directly (no race: group = block, and a column belongs to one thread).
 template <typename T> __global__ __launch_bounds__(512) void rms_norm_backward(
         T* __restrict__ dx, float* __restrict__ partial, const T* __restrict__ dy, const T* __restrict__ x,
         const float* __restrict__ weight, const float* __restrict__ rstd, i64 rows, i64 d) {
     float dw[8] = {};
-    bool wide = d > unit_step();
+    bool wide = d > vector_step();
     for (i64 row = first_row(); row < rows; row += row_step()) {
         float a[8] = {}, b[8] = {}, w[8] = {}, r = rstd[row], dot = 0;
-        for (i64 i = first_unit(); i < d; i += unit_step()) {
+        for (i64 i = first_vector(); i < d; i += vector_step()) {
             load(a, x + row * d, i, d);
             load(b, dy + row * d, i, d);
             load(w, weight, i, d);
@@ -146,7 +146,7 @@ template <typename T> __global__ __launch_bounds__(512) void rms_norm_backward(
             for (int k = 0; k < 8; k++) dot += b[k] * w[k] * (a[k] * r);
         }
         float mean = reduce<Sum>(dot) / d;
-        for (i64 i = first_unit(); i < d; i += unit_step()) {
+        for (i64 i = first_vector(); i < d; i += vector_step()) {
             if (wide) {
                 load(a, x + row * d, i, d);
                 load(b, dy + row * d, i, d);
@@ -163,23 +163,23 @@ template <typename T> __global__ __launch_bounds__(512) void rms_norm_backward(
         }
     }
     if (wide) return;
-    if (blockDim.y > 1) {   // several teams in the block: add up their columns
+    if (blockDim.y > 1) {   // several groups in the block: add up their columns
         __shared__ float columns[8][256];
         #pragma unroll
         for (int k = 0; k < 8; k++) columns[k][threadIdx.y * 32 + threadIdx.x] = dw[k];
-        __syncthreads();    // all teams have written, before the first one reads
+        __syncthreads();    // all groups have written, before the first one reads
         if (threadIdx.y) return;
         #pragma unroll
         for (int k = 0; k < 8; k++)
             for (int t = 1; t < (int)blockDim.y; t++) dw[k] += columns[k][t * 32 + threadIdx.x];
     }
-    if (first_unit() < d) store(partial + blockIdx.x * d, first_unit(), d, dw);
+    if (first_vector() < d) store(partial + blockIdx.x * d, first_vector(), d, dw);
 }
 
-// ==== 2. Actuator: z (..., 3) -> gain 2 sigmoid(z), precision min(softplus(z) + 0.01, 4), gate sigmoid(z), and,
-// from the same read, the sums of (s - 1)^2 per signal for the homeostatic loss.
-// Naive: one thread per number, which then asks which of the three it is: the threads of a warp part ways. Here a
-// thread takes 24 numbers (3 units, 8 triples): which signal a number is, the compiler knows.
+// ==== 2. Actuator: z (..., 3) -> gain 2 sigmoid(z), precision min(softplus(z) + 0.01, 4), gate sigmoid(z).
+// Naive: one thread per element, which then asks which of the three it is: the threads of a warp diverge. Here a
+// thread takes 24 elements (3 vectors, 8 triples), and which signal an element is, (u + k) % 3, is a compile-time
+// constant. Blocks of 64 threads, for there are few elements: more blocks keep more of the card's processors busy.
 __device__ inline float sigmoid(float z) { return 1 / (1 + expf(-z)); }
 __device__ inline float softplus(float z) { return fmaxf(z, 0) + log1pf(expf(-fabsf(z))); }
 __device__ inline float signal(float z, int which) {
@@ -193,34 +193,23 @@ __device__ inline float slope(float z, int which) {   // d signal / d z; flat wh
     return softplus(z) + 0.01f > 4 ? 0 : s;
 }
 
-// z and signals (n,), n a multiple of 3; partial (blocks, 3): torch sums it.
-template <typename T> __global__ __launch_bounds__(256) void actuate_forward(
-        float* __restrict__ signals, float* __restrict__ partial, const T* __restrict__ z, i64 n) {
-    float deviation[3] = {};
+// z and signals (n,), n a multiple of 3.
+template <typename T> __global__ __launch_bounds__(64) void actuate_forward(
+        float* __restrict__ signals, const T* __restrict__ z, i64 n) {
     for (i64 i = 24 * (blockIdx.x * (i64)blockDim.x + threadIdx.x); i < n; i += 24 * (i64)gridDim.x * blockDim.x)
         #pragma unroll
         for (int u = 0; u < 24; u += 8) {
             float v[8];
             load(v, z, i + u, n);
             #pragma unroll
-            for (int k = 0; k < 8; k++) {
-                v[k] = signal(v[k], (u + k) % 3);
-                if (i + u + k < n) deviation[(u + k) % 3] += (v[k] - 1) * (v[k] - 1);
-            }
+            for (int k = 0; k < 8; k++) v[k] = signal(v[k], (u + k) % 3);
             store(signals, i + u, n, v);
         }
-    #pragma unroll
-    for (int s = 0; s < 3; s++) {
-        float total = reduce<Sum>(deviation[s]);
-        if (threadIdx.x == 0) partial[blockIdx.x * 3LL + s] = total;
-    }
 }
 
-// dz = (dsignals + 2 (s - 1) ddeviation) * slope. z is read again and s computed again: cheaper than keeping both.
-template <typename T> __global__ __launch_bounds__(256) void actuate_backward(
-        T* __restrict__ dz, const float* __restrict__ dsignals, const float* __restrict__ ddeviation,
-        const T* __restrict__ z, i64 n) {
-    float dd[3] = {ddeviation[0], ddeviation[1], ddeviation[2]};
+// z is read again and the slope computed from it: cheaper than keeping the slope.
+template <typename T> __global__ __launch_bounds__(64) void actuate_backward(
+        T* __restrict__ dz, const float* __restrict__ dsignals, const T* __restrict__ z, i64 n) {
     for (i64 i = 24 * (blockIdx.x * (i64)blockDim.x + threadIdx.x); i < n; i += 24 * (i64)gridDim.x * blockDim.x)
         #pragma unroll
         for (int u = 0; u < 24; u += 8) {
@@ -228,8 +217,7 @@ template <typename T> __global__ __launch_bounds__(256) void actuate_backward(
             load(v, z, i + u, n);
             load(g, dsignals, i + u, n);
             #pragma unroll
-            for (int k = 0; k < 8; k++)
-                v[k] = (g[k] + 2 * (signal(v[k], (u + k) % 3) - 1) * dd[(u + k) % 3]) * slope(v[k], (u + k) % 3);
+            for (int k = 0; k < 8; k++) v[k] = g[k] * slope(v[k], (u + k) % 3);
             store(dz, i + u, n, v);
         }
 }
@@ -244,7 +232,7 @@ template <typename Y, typename R> __global__ __launch_bounds__(512) void modulat
         i64 rows, i64 d) {
     for (i64 row = first_row(); row < rows; row += row_step()) {
         float g = gain[row * gain_stride] * factor(gate, gate_stride, row);
-        for (i64 i = first_unit(); i < d; i += unit_step()) {
+        for (i64 i = first_vector(); i < d; i += vector_step()) {
             float a[8], b[8];
             load(a, y + row * d, i, d);
             load(b, residual + row * d, i, d);
@@ -263,7 +251,7 @@ template <typename Y, typename R> __global__ __launch_bounds__(512) void modulat
         i64 gate_stride, i64 rows, i64 d) {
     for (i64 row = first_row(); row < rows; row += row_step()) {
         float first = gain[row * gain_stride], second = factor(gate, gate_stride, row), dot = 0;
-        for (i64 i = first_unit(); i < d; i += unit_step()) {
+        for (i64 i = first_vector(); i < d; i += vector_step()) {
             float a[8], b[8];
             load(a, dout + row * d, i, d);
             load(b, y + row * d, i, d);
@@ -280,7 +268,7 @@ template <typename Y, typename R> __global__ __launch_bounds__(512) void modulat
 // ==== 4. Zero-copy KV cache: cache[b, h, *position + t] = new[b, h, t], for keys (blockIdx.y 0) and values (1).
 // The naive cache concatenates: it copies all the past for every token. Here only the new rows move, and the
 // position is read on the device, so that a captured CUDA graph writes to a new place at every replay. A slot
-// outside the cache is not written. One thread copies one unit of one row; n is the number of units.
+// outside the cache is not written. One thread copies one vector of one row; n is the number of vectors.
 struct Strides { i64 batch, head, time, element; };
 
 template <typename T> __global__ __launch_bounds__(256) void write_cache(
@@ -289,9 +277,9 @@ template <typename T> __global__ __launch_bounds__(256) void write_cache(
     T* cache = blockIdx.y ? v_cache : k_cache;
     const T* fresh = blockIdx.y ? v : k;
     Strides to = blockIdx.y ? to_v : to_k, from = blockIdx.y ? from_v : from_k;
-    i64 units = (width + 7) / 8, start = *position;
+    i64 vectors = (width + 7) / 8, start = *position;
     for (i64 u = blockIdx.x * (i64)blockDim.x + threadIdx.x; u < n; u += gridDim.x * (i64)blockDim.x) {
-        i64 i = u % units * 8, row = u / units, t = row % time, h = row / time % heads, b = row / time / heads;
+        i64 i = u % vectors * 8, row = u / vectors, t = row % time, h = row / time % heads, b = row / time / heads;
         if (start + t < 0 || start + t >= slots) continue;
         T* target = cache + b * to.batch + h * to.head + (start + t) * to.time + i * to.element;
         const T* source = fresh + b * from.batch + h * from.head + t * from.time + i * from.element;
@@ -317,7 +305,7 @@ template <typename T> __global__ __launch_bounds__(512) void softmax_loss(
     for (i64 row = first_row(); row < rows; row += row_step()) {
         T* x = logits + row * stride;
         float v[8] = {}, m = lowest, s = 0;   // not -inf: (-inf) - (-inf) is NaN
-        for (i64 i = first_unit(); i < vocab; i += unit_step()) {
+        for (i64 i = first_vector(); i < vocab; i += vector_step()) {
             load(v, x, i, vocab, -infinity);
             float old = m;
             #pragma unroll
@@ -335,8 +323,8 @@ template <typename T> __global__ __launch_bounds__(512) void softmax_loss(
             if (threadIdx.x == 0 && valid) loss[row] = lse - to_float(x[target]);
             continue;
         }
-        for (i64 i = first_unit(); i < vocab; i += unit_step()) {
-            if (vocab > unit_step()) load(v, x, i, vocab);
+        for (i64 i = first_vector(); i < vocab; i += vector_step()) {
+            if (vocab > vector_step()) load(v, x, i, vocab);
             #pragma unroll
             for (int k = 0; k < 8; k++) {
                 // The thread that overwrites the target's logit is the one that reads it: no race, no barrier.
