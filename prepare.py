@@ -2,11 +2,12 @@
 
     python prepare.py              # training_data/*.txt if there are any, else TinyStories, else demo
     python prepare.py demo         # stories from the grammar below: no download, exact entropy known
-    python prepare.py books more.txt --tokenizer bytes --max_mb 100
+    python prepare.py books more.txt --vocab seen --max_mb 100
 
-The text streams through in blocks of a few MB: a corpus of any size needs the same few hundred MB of memory.
+The text streams through in blocks: a corpus of any size needs the same few hundred MB of memory.
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import http.client
@@ -20,47 +21,71 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 from tqdm import tqdm
 
 END = "<|endoftext|>"               # ends every story, in the text and in the tokens
-BLOCK = 4 << 20                     # bytes read and tokenised at a time
+BLOCK = 4 << 20                     # bytes read and tokenised at a time; even, a token is two bytes
 LONGEST = 16 << 20                  # bytes in one story: what bounds the memory
 DEMO_MB = 24                        # more than the laptop preset reads, so that no story comes twice
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt"
 
 
-def get_tokenizer(name, kept=None):
-    """The tiktoken.Encoding called `name`: "gpt2" (50,257 symbols), or "bytes" (257: the bytes, then END).
-
-    `kept`: GPT-2's token numbers that remain, as keep() returns them; token i is then the one that was kept[i].
-    Raises ValueError for any other name, ConnectionError if GPT-2's vocabulary is neither cached nor reachable.
+# ---- Tokenizers ------------------------------------------------------------------------------------------------------
+def tokenizer_of(meta):
+    """The tiktoken.Encoding of data whose metadata are `meta`. Its last token is END; any text encodes and decodes.
+    meta["tokenizer"] is "bytes"; or "words": bytes, then the words meta["vocabulary"] (default: the demo stories'); or
+    "gpt2", where meta["vocabulary"], if any, holds the GPT-2 numbers of its tokens in their order (see keep).
+    Raises ValueError for another name, ConnectionError if GPT-2's vocabulary is neither cached nor reachable.
     """
-    if name == "bytes":
-        # There are no merges, so it does not matter where the pattern cuts; long pieces are the quickest.
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,99}", special_tokens={END: 256},
-                                 mergeable_ranks={bytes([byte]): byte for byte in range(256)})
-    if name != "gpt2":
-        raise ValueError(f"unknown tokenizer {name!r}: use gpt2 or bytes")
-    try:
-        gpt2 = tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError):   # no network, or a damaged download
-        raise ConnectionError("the GPT-2 vocabulary is neither cached nor reachable: go online once, or prepare "
-                              "with --tokenizer bytes") from None
-    if kept is None:
-        return gpt2
-    ranks = {gpt2.decode_single_token_bytes(token): i for i, token in enumerate(kept[:-1])}     # END is the last
-    return tiktoken.Encoding("gpt2", pat_str=gpt2._pat_str, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    name, vocabulary = meta["tokenizer"], meta.get("vocabulary")
+    tokens = [bytes([byte]) for byte in range(256)]
+    if name == "gpt2":
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError):       # no network, or a damaged download
+            raise ConnectionError("the GPT-2 vocabulary is neither cached nor reachable: go online once, or prepare "
+                                  "with --tokenizer bytes") from None
+        if vocabulary is None:
+            return gpt2
+        pattern, tokens = gpt2._pat_str, [gpt2.decode_single_token_bytes(token) for token in vocabulary[:-1]]
+    elif name == "words":
+        # A piece that the pattern cuts out becomes one token if it is one; else its bytes are joined to tokens, and
+        # " attic" would begin with " at". So it cuts out the words, where they are whole, and all else in characters.
+        # (?>...) tries one word only, the longest, which makes it 15 times as quick.
+        vocabulary = vocabulary or grammar_words()
+        words = sorted(vocabulary, reverse=True)            # "and" before "an"
+        bare, spaced, marks = ("|".join(re.escape(word) for word in words if re.fullmatch(kind, word))
+                               for kind in (r"\w+", r"\W\w+", r"\W+"))
+        pattern = rf"(?>{spaced})\b|\b(?>{bare})\b|{marks}|[\s\S]"
+        tokens += [word.encode() for word in vocabulary]
+    elif name == "bytes":
+        pattern = r"[\s\S]{1,99}"           # nothing is joined, so any cut will do; long pieces are the quickest
+    else:
+        raise ValueError(f"unknown tokenizer {name!r}: use gpt2, words or bytes")
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+
+
+def grammar_words(slot="story", before=""):
+    """The words and marks of the demo stories, sorted, each with the space before it if it has one; no single bytes.
+    Or those of one slot, with `before`, a space or nothing, in front.
+    """
+    words = set()
+    for option, _ in every(GRAMMAR[slot]):
+        words.update(word for word in WORD.findall(SLOT.sub("\n", before + option)) if len(word) > 1)
+        for space, inner in re.findall(r"( ?){(\w+)}", before + option):
+            words.update(grammar_words(inner, space))
+    return sorted(words)
 
 
 def keep(seen):
-    """GPT-2's token numbers to keep, rising, for a text in which only the numbers `seen` occur: those, every byte
-    and END, so that any text still encodes, and every token on the way to one of them.
-
-    BPE joins the pair of lowest number first. Whatever it joins while it makes a kept token is kept, and the order
-    of what is left stays the same: so text of seen tokens encodes to the same pieces as before.
+    """GPT-2's token numbers to keep, rising: `seen`, every byte, END, and every token on the way to one of them.
+    BPE joins the pair of lowest number first. All that it joins on the way to a kept token is kept, and what is left
+    keeps its order: so text of seen tokens encodes to the same pieces as before, and any other text still encodes.
     """
-    ranks = get_tokenizer("gpt2")._mergeable_ranks
+    ranks = tokenizer_of({"tokenizer": "gpt2"})._mergeable_ranks
     kept = {*range(256), *map(int, seen), len(ranks)}                                           # END is the last
     for token, rank in sorted(ranks.items(), key=lambda item: -item[1]):                        # parts come later
         if rank in kept and rank > 255:
@@ -72,14 +97,13 @@ def keep(seen):
     return sorted(kept)
 
 
-# ---- The demo stories ----------------------------------------------------------------------------------------
-# A grammar: a slot has options, separated by "|" and all equally likely, or a pair (earlier slot, table): the
-# table says which options go with what the earlier slot drew. "{slot}" draws an option where a story first gets
-# there and repeats the same words from then on, so hero, thing and place stay the same to the last line.
+# ---- The demo stories ------------------------------------------------------------------------------------------------
+# A slot has options, separated by "|" and all equally likely, or a pair (earlier slot, table): which options go with
+# what that one drew. "{slot}" draws an option where a story first gets there and repeats its words from then on.
 #
-# No text can be told in two ways: slots are drawn in reading order, a draw's words stand where it is drawn, and
-# no option is the beginning of another one of its list. So reading from left to right settles every draw, and
-# the entropy of the stories is the entropy of the draws.
+# No text can be told in two ways: slots are drawn in reading order, a draw's words stand where it is drawn, and no
+# option is the beginning of another one of its list. So reading from left to right settles every draw, and the entropy
+# of the stories is the entropy of the draws.
 SHE, HE = "girl|cat|bunny|mouse", "boy|dog|fox|hedgehog"
 PLACES = "beach|forest|farm|park|garden|castle"
 HIGH, WATER, BEAST, DARK, HOLE = "at the top of a", "across a", "right behind a", "inside a", "down in a"
@@ -90,7 +114,7 @@ def gendered(she, he):
 
 
 def by_place(*options):
-    return "place", dict(zip(PLACES.split("|"), options))
+    return "place", dict(zip(PLACES.split("|"), options, strict=True))
 
 
 GRAMMAR = {
@@ -99,20 +123,15 @@ GRAMMAR = {
              "but it was {trouble} {spot}. {worry}\n{idea} {She} {fix}\n{home} {end}",
     "start": "Once upon a time, there was a|Once upon a time, there lived a|Long ago, there was a|"
              "Once upon a time, in a small town, there was a|There once was a",
-    "trait": "brave|kind|smart|sweet|nice|clever",
-    "kind": f"{SHE}|{HE}",
+    "trait": "brave|kind|smart|sweet|nice|clever", "kind": f"{SHE}|{HE}",
     "name": gendered("Lily|Mia|Anna|Sue|Lucy|Emma|Amy|Zoe", "Tom|Ben|Max|Tim|Sam|Jack|Leo|Bob"),
     "She": gendered("She", "He"), "she": gendered("she", "he"), "him": gendered("her", "him"),
     "Her": gendered("Her", "His"), "her": gendered("her", "his"),
     "has": "{She} had a {color} {thing}.|{She} loved {her} {color} {thing}.|"
            "{She} took {her} {color} {thing} everywhere.|{Her} favorite thing was a {color} {thing}.",
-    "color": "red|blue|green|yellow|pink|purple",
-    "thing": "rope|kite|umbrella|ball|boat|shovel|drum|blanket|lamp",
-    "day": "One day|One fine day|One morning|One Sunday",
-    "pal": "Gus|Dot|Pip|Rex|Coco|Bella|Spot|Daisy",
-    "animal": "pig|lamb|pony|goat|panda|bear",
-    "went": "went|walked|ran",
-    "place": PLACES,
+    "color": "red|blue|green|yellow|pink|purple", "thing": "rope|kite|umbrella|ball|boat|shovel|drum|blanket|lamp",
+    "pal": "Gus|Dot|Pip|Rex|Coco|Bella|Spot|Daisy", "animal": "pig|lamb|pony|goat|panda|bear",
+    "day": "One day|One fine day|One morning|One Sunday", "went": "went|walked|ran", "place": PLACES,
     "wish": "{name} wanted a {goal} for {her} {kin}.|{She} wanted to give {her} {kin} a {goal}.|"
             '"I want a {goal} for my {kin}," said {name}.',
     "goal": by_place("pretty shell|smooth stone|shiny pearl", "golden leaf|tasty berry|brown nut",
@@ -127,8 +146,7 @@ GRAMMAR = {
     "spot": ("trouble", {
         HIGH: by_place("tall rock", "tall tree", "tall barn", "tall gate", "high wall", "high tower"),
         WATER: by_place("deep pool", "cold stream", "muddy pond", "wide lake", "round pond", "deep river"),
-        BEAST: by_place("grumpy crab", "grumpy wolf", "grumpy bull", "grumpy swan", "grumpy goose",
-                        "grumpy dragon"),
+        BEAST: by_place("grumpy crab", "grumpy wolf", "grumpy bull", "grumpy swan", "grumpy goose", "grumpy dragon"),
         DARK: by_place("dark cave", "dark cabin", "dark barn", "dark tunnel", "dark shed", "dark room"),
         HOLE: by_place("sandy hole", "deep hole", "muddy hole", "big hole", "deep pit", "dry well")}),
     "worry": '"Oh no!" said {pal}. "{alas}"|"{alas}" said {pal}.|{pal} stopped. "{alas}"',
@@ -140,37 +158,51 @@ GRAMMAR = {
             "{name} knew what to do.",
     "fix": ("trouble", {
         HIGH: ("thing", {
-            "rope": "threw the {color} rope over the {spot}, climbed up and took the {goal}.",
-            "kite": "flew the {color} kite over the {spot}, and its string pulled the {goal} down.",
-            "umbrella": "opened the {color} umbrella. The wind lifted {him} onto the {spot}, and {she} took "
-                        "the {goal}.",
-            "ball": "threw the {color} ball at the {spot}. Bump! The {goal} fell down, and {pal} caught it."}),
+            "rope": "threw the {color} {thing} over the {spot}, climbed up and took the {goal}.",
+            "kite": "flew the {color} {thing} over the {spot}, and its string pulled the {goal} down.",
+            "umbrella": "opened the {color} {thing}. The wind lifted {him} onto the {spot}, and {she} took the {goal}.",
+            "ball": "threw the {color} {thing} at the {spot}. Bump! The {goal} fell down, and {pal} caught it."}),
         WATER: ("thing", {
-            "rope": "tied the {color} rope to a tree, swung over the {spot} and took the {goal}.",
-            "kite": "held on to the {color} kite, flew over the {spot} and took the {goal}.",
-            "umbrella": "sat in the {color} umbrella, sailed over the {spot} and took the {goal}.",
-            "boat": "put the {color} boat on the {spot}, sailed over and took the {goal}.",
-            "shovel": "built a path across the {spot} with the {color} shovel and took the {goal}."}),
+            "rope": "tied the {color} {thing} to a tree, swung over the {spot} and took the {goal}.",
+            "kite": "held on to the {color} {thing}, flew over the {spot} and took the {goal}.",
+            "umbrella": "sat in the {color} {thing}, sailed over the {spot} and took the {goal}.",
+            "boat": "put the {color} {thing} on the {spot}, sailed over and took the {goal}.",
+            "shovel": "built a path across the {spot} with the {color} {thing} and took the {goal}."}),
         BEAST: ("thing", {
-            "kite": "let the {spot} fly the {color} kite. It laughed and gave {him} the {goal}.",
-            "ball": "rolled the {color} ball to the {spot}. It laughed and gave {him} the {goal}.",
-            "drum": "played the {color} drum. The {spot} began to dance and gave {him} the {goal}.",
-            "blanket": "wrapped the {spot} in the {color} blanket. It smiled and gave {him} the {goal}."}),
+            "kite": "let the {spot} fly the {color} {thing}. It laughed and gave {him} the {goal}.",
+            "ball": "rolled the {color} {thing} to the {spot}. It laughed and gave {him} the {goal}.",
+            "drum": "played the {color} {thing}. The {spot} began to dance and gave {him} the {goal}.",
+            "blanket": "wrapped the {spot} in the {color} {thing}. It smiled and gave {him} the {goal}."}),
         DARK: ("thing", {
-            "drum": "played the {color} drum. They felt brave, went into the {spot} and took the {goal}.",
-            "lamp": "turned on the {color} lamp. Now the {spot} was bright, and {she} found the {goal}."}),
+            "drum": "played the {color} {thing}. They felt brave, went into the {spot} and took the {goal}.",
+            "lamp": "turned on the {color} {thing}. Now the {spot} was bright, and {she} found the {goal}."}),
         HOLE: ("thing", {
-            "rope": "let the {color} rope down into the {spot}, climbed down and took the {goal}.",
-            "shovel": "dug steps into the {spot} with the {color} shovel, walked down and took the {goal}.",
-            "blanket": "hung the {color} blanket into the {spot}, climbed down and took the {goal}.",
-            "lamp": "held the {color} lamp over the {spot}, saw steps, went down and took the {goal}."})}),
+            "rope": "let the {color} {thing} down into the {spot}, climbed down and took the {goal}.",
+            "shovel": "dug steps into the {spot} with the {color} {thing}, walked down and took the {goal}.",
+            "blanket": "hung the {color} {thing} into the {spot}, climbed down and took the {goal}.",
+            "lamp": "held the {color} {thing} over the {spot}, saw steps, went down and took the {goal}."})}),
     "home": "Back home, {name} gave the {goal} to {her} {kin}.|At home, {her} {kin} was so happy with the "
             "{goal}.|They ran home and gave the {goal} to {name}'s {kin}.",
     "end": '"What a {trait} {kind}!" said {her} {kin}.|{name} hugged {pal} and the {color} {thing}.|'
            "Now {name} loved the {color} {thing} even more.|{name} and {pal} were very happy.",
 }
 SLOT = re.compile(r"{(\w+)}")
+WORD = re.compile(r"'s| ?\w+| ?[^\w\s]|\s")             # a word or a mark of a story: one token of "words"
 LOOKED_UP = {"kind", "thing", "place", "trouble"}       # the slots that later slots depend on
+# The slots that a story must remember, by the names they have where that is measured.
+SLOTS = {"hero": "name", "friend": "pal", "colour": "color", "thing": "thing", "place": "place", "goal": "goal",
+         "whom": "kin"}
+# What the words of a slot may have forgotten, where a story is read back.
+MAY_FORGET = {**dict.fromkeys(("She", "she", "him", "Her", "her"), "kind"), "goal": "place", "spot": "place",
+              "fix": "thing"}
+
+
+def every(rule, **needs):
+    """Every option of a rule of the grammar, and what must have been drawn for it: pairs (option, {slot: option})."""
+    if isinstance(rule, str):
+        return [(option, needs) for option in rule.split("|")]
+    slot, table = rule
+    return [pair for key, below in table.items() for pair in every(below, **needs, **{slot: key})]
 
 
 def options(slot, drawn):
@@ -183,30 +215,26 @@ def options(slot, drawn):
 
 def tell(rng):
     """Draws one story. Returns its text and -log of its probability (nats).
-
     `rng`: a random.Random; Python promises the same random() for a seed in every version and on every machine.
     """
-    drawn, words, nats = {}, {}, 0.0
+    drawn, words, nats = {}, {}, []
 
     def fill(match):
-        nonlocal nats
-        slot = match[1]
-        if slot not in words:
+        if (slot := match[1]) not in words:
             choices = options(slot, drawn)
-            nats += math.log(len(choices))
+            nats.append(math.log(len(choices)))
             drawn[slot] = choices[int(rng.random() * len(choices))]
             words[slot] = SLOT.sub(fill, drawn[slot])
         return words[slot]
 
-    return SLOT.sub(fill, "{story}"), nats
+    return SLOT.sub(fill, "{story}"), sum(nats)
 
 
 @functools.cache
 def entropy(todo=("story",), drawn=frozenset()):
     """The exact entropy (nats) of a story, or of its rest: the chain rule, over every option of every slot.
-
-    `todo`: the slots to come, in reading order. `drawn`: pairs (slot, option), with None for options that no
-    slot looks up, so that stories which go on alike share one cached sum.
+    `todo`: the slots to come, in reading order. `drawn`: pairs (slot, option), with None for options that no slot
+    looks up, so that stories which go on alike share one cached sum.
     """
     if not todo:
         return 0.0
@@ -219,23 +247,103 @@ def entropy(todo=("story",), drawn=frozenset()):
         for choice in choices) / len(choices)
 
 
-# ---- Text in -------------------------------------------------------------------------------------------------
-def demo_blocks(seed):
-    """Endless blocks (bytes) of demo stories."""
+@functools.cache
+def story_pattern():
+    """A regular expression for a story in which every mention of a slot may be any option of it, whatever was drawn.
+    Returns it, and for each of its groups the slot, the option, and what must have been drawn for that option.
+    """
+    groups = []
+
+    def expression(slot, drawn):
+        alternatives = []
+        for option, needs in dict(every(drawn.get(slot, GRAMMAR[slot]))).items():
+            groups.append((slot, option, needs))
+            parts = enumerate(SLOT.split(option))       # literal, slot, literal, slot, ..., literal
+            parts = [expression(part, needs) if i % 2 else re.escape(part) for i, part in parts]
+            alternatives.append(f"({''.join(parts)})")
+        return f"(?:{'|'.join(alternatives)})"
+    return re.compile(expression("story", {})), groups
+
+
+def read_back(text):
+    """Reads one story, without END. Returns its mentions in reading order, None if it is no story of the grammar.
+    A mention is (slot, start, end, words, nats): words = text[start:end]; nats, the log of the number of options where
+    they are drawn, 0 where they are repeated. What is drawn must go with what was drawn before it, except for what it
+    MAY_FORGET; a repetition may be any option of the slot. kept() says what came back right.
+    """
+    pattern, groups = story_pattern()
+    match, mentions, drawn = pattern.fullmatch(text), [], {}
+    for i, (slot, option, needs) in enumerate(groups[1:] if match else (), 2):      # group 1 is the whole story
+        start, end = match.span(i)
+        if start < 0:                                   # this option does not stand here
+            continue
+        nats = 0.0
+        if slot not in drawn:
+            choices = options(slot, drawn)
+            if option not in choices and (slot not in MAY_FORGET or any(
+                    drawn[other] != needed for other, needed in needs.items() if other != MAY_FORGET[slot])):
+                return None
+            nats, drawn[slot] = math.log(len(choices)), option
+        mentions.append((slot, start, end, text[start:end], nats))
+    return mentions or None
+
+
+def kept(mentions):
+    """For each of SLOTS: is every mention the first one's? For the place: do all goals and spots belong to it?"""
+    first, wrong = {}, set()
+    for slot, _, _, words, _ in mentions:
+        if words != first.setdefault(slot, words):
+            wrong.add(slot)
+        if slot in ("goal", "spot") and words not in options(slot, first):
+            wrong.add("place")
+    return {name: slot not in wrong for name, slot in SLOTS.items()}
+
+
+def label_slots(tokens, tokenizer):
+    """What each of `tokens` (N,), whole demo stories with their ENDs, is part of, and what the grammar pays for it.
+    Returns (N,) int8, the position in SLOTS of the slot whose words it belongs to (a spot's count for its place), else
+    len(SLOTS); and (N,) float64, -log of its probability (nats) given the tokens before it, exactly: over a story they
+    sum to tell()'s nats. Raises ValueError if these are no stories of the grammar.
+    """
+    number = {slot: i for i, slot in enumerate(SLOTS.values())}
+    number["spot"] = number["place"]
+    slots, floor, begin = np.full(len(tokens), len(SLOTS), np.int8), np.zeros(len(tokens)), 0
+    pieces = tokenizer.decode_tokens_bytes(tokens.tolist())
+    token_of = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])              # of each character
+    for text in b"".join(pieces).decode(errors="replace").split(END)[:-1]:
+        if not (mentions := read_back(text)):
+            raise ValueError("these are not the demo stories of this version: run prepare.py demo again")
+        first = {slot: words for slot, _, _, words, _ in reversed(mentions)}
+        first |= {slot: options(slot, first)[0] for slot in GRAMMAR.keys() - first}     # a pronoun that is not used
+        for slot, start, end, words, nats in mentions:
+            if slot in number:
+                slots[token_of[begin + start]:token_of[begin + end - 1] + 1] = number[slot]
+            if nats:
+                # Until a character rules some options out, they share the probability with the one that was drawn.
+                choices = [option.format_map(first) for option in options(slot, first)]
+                ruled_out = sorted(len(os.path.commonprefix([words, choice])) for choice in choices)[:-1]
+                for place, left in zip(ruled_out, range(len(choices), 1, -1), strict=True):
+                    floor[token_of[begin + start + place]] += math.log(left / (left - 1))
+        begin += len(text) + len(END)
+    return slots, floor
+
+
+# ---- Text in ---------------------------------------------------------------------------------------------------------
+def read_blocks(path, seed=None):
+    """Yields the bytes of a file in blocks of BLOCK; for "demo", without end, demo stories."""
     rng = random.Random(seed)
-    while True:
+    while path == "demo":
         yield "".join(f"{tell(rng)[0]}\n{END}\n" for _ in range(1000)).encode()
-
-
-def file_blocks(path):
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            yield block
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(BLOCK):
+                yield block
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
 def read_stories(blocks, source, room):
     """Yields (list of stories, bytes used) from blocks of bytes, to the last whole story within `room` bytes.
-
     Enters the size and sha256 of what it used in the dict `source`. Raises ValueError if it is not UTF-8.
     """
     rest, digest, done, source["bytes"] = b"", hashlib.sha256(), False, 0
@@ -252,8 +360,7 @@ def read_stories(blocks, source, room):
         try:
             stories = used.decode().replace("\r\n", "\n").split(END)
         except UnicodeDecodeError as error:
-            where = start + error.start
-            raise ValueError(f"{source['name']}: not UTF-8 at byte {where}; save it as UTF-8") from None
+            raise ValueError(f"{source['name']}: not UTF-8 at byte {start + error.start}; save it as UTF-8") from None
         if start == 0:
             stories[0] = stories[0].removeprefix("\ufeff")      # the mark that some editors put first
         digest.update(used)
@@ -266,9 +373,8 @@ def find_files(inputs):
     """`inputs`, with each folder replaced by every *.txt below it, in an order that is the same everywhere."""
     files = []
     for path in inputs:
-        below = sorted(Path(path).rglob("*.txt"), key=Path.as_posix)
-        found = [path] if path == "demo" or os.path.isfile(path) else below
-        if not found:
+        one = path == "demo" or os.path.isfile(path)
+        if not (found := [path] if one else sorted(Path(path).rglob("*.txt"), key=Path.as_posix)):
             raise ValueError(f"no text in {path}: give text files, folders of .txt files, tinystories or demo")
         files += found
     return files
@@ -276,7 +382,6 @@ def find_files(inputs):
 
 def download(url, path):
     """Downloads `url` to `path`. Until it is whole it is `path`.part, from where the next call goes on.
-
     Raises ConnectionError if the server cannot be reached, OSError if the transfer ends early.
     """
     part = Path(f"{path}.part")
@@ -291,87 +396,172 @@ def download(url, path):
         raise ConnectionError(f"cannot download {url} ({getattr(error, 'reason', error)})") from None
     have = have if response.status == 206 else 0                # 200: the server sends all of it again
     total = have + int(response.headers["Content-Length"] or 0)
-    with response, open(part, "ab" if have else "wb") as file, tqdm(
-            desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
-        try:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                bar.update(len(chunk))
-        except (TimeoutError, ConnectionError, http.client.HTTPException):
-            pass                                                # the size tells
+    with (response, open(part, "ab" if have else "wb") as file,
+          tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar,
+          contextlib.suppress(TimeoutError, ConnectionError, http.client.HTTPException)):       # the size tells
+        while chunk := response.read(1 << 20):
+            file.write(chunk)
+            bar.update(len(chunk))
     if (size := part.stat().st_size) != total:
         raise OSError(f"the download stopped at {size:,} of {total:,} bytes; run this again to go on")
     os.replace(part, path)
 
 
-# ---- Tokens out ----------------------------------------------------------------------------------------------
-def encode(tokenizer, stories, pool):
-    """The tokens (uint16 bytes) of `stories`, each with its END, made on all cores.
-
-    A story holds no END (it is what separates them), so the ones put in here are the only special tokens: the
-    result is encode_ordinary of each story, then END.
+# ---- Tokens out ------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def new_files(paths):
+    """New binary files, which get the names `paths`, in this order, once all are on the disk.
+    Any error leaves what was there before; one that comes from the disk is an OSError "cannot write PATHS: reason".
     """
-    step = max(1, math.ceil(len(stories) / os.cpu_count()))
+    try:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(f"{path}.tmp", "w+b")) for path in paths]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        for path in paths:
+            os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise OSError(f"cannot write {', '.join(map(str, paths))}: {error.strerror or error}") from None
+    finally:
+        for path in paths:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{path}.tmp")
+
+
+def write_file(path, write):
+    with new_files([path]) as files:
+        write(*files)
+
+
+def encode(tokenizer, stories, pool):
+    """The tokens (uint16) of `stories`, each with its END, made on all cores. A story itself holds no END."""
+    step = math.ceil(len(stories) / os.cpu_count()) or 1
     texts = ["".join(story + END for story in stories[i:i + step]) for i in range(0, len(stories), step)]
     tokens = pool.map(lambda text: tokenizer.encode_to_numpy(text, allowed_special={END}), texts)
-    return b"".join(part.astype("<u2").tobytes() for part in tokens)
+    return np.concatenate([np.zeros(0, np.uint32), *tokens]).astype("<u2")
 
 
-def write(out, tokenizer, inputs, val_fraction, seed, max_mb):
-    """Writes train.bin, val.bin and meta.json from `inputs` (files or "demo") into `out`. Returns the metadata.
-
-    `val_fraction`: share of the stories; `max_mb`: 10^6 bytes of text, or None. The files are renamed into place
-    when all is done: an error (ValueError, OSError) leaves `out` as it was.
+def write_tokens(files, name, seen, inputs, val_fraction, seed, max_mb):
+    """Writes the tokens of `inputs` (files or "demo") to files[0] and files[1], the metadata to files[2]; returns them.
+    `name`: the tokenizer; `seen`: keep what occurs of GPT-2's tokens; `val_fraction`: share of the stories; `max_mb`:
+    10^6 bytes of text, or None. Raises ValueError for unusable text.
     """
-    sources, counts = [], {f"{side}_{what}": 0 for side in ("train", "val") for what in ("stories", "tokens")}
+    tokenizer, (*bins, meta_file) = tokenizer_of({"tokenizer": name}), files
+    sources, stories_in, occurs = [], [0, 0], np.zeros(1 << 16, bool)
     sizes = [1e6 * (max_mb or DEMO_MB) if path == "demo" else os.path.getsize(path) for path in inputs]
     room = min(sum(sizes), 1e6 * (max_mb or math.inf))
     rng = random.Random(seed + 1)                               # not the one that tells the demo stories
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = {out / name: out / f"{name}.tmp" for name in ("train.bin", "val.bin", "meta.json")}
-    try:
-        train, val, meta_file = temporary.values()
-        with (open(train, "wb") as train, open(val, "wb") as val, ThreadPoolExecutor(os.cpu_count()) as pool,
-              tqdm(total=room, unit="B", unit_scale=True, disable=None) as bar):
-            for path, size in zip(inputs, sizes):
-                if not room:
-                    break
-                sources.append({"name": str(path)})
-                blocks = demo_blocks(seed) if path == "demo" else file_blocks(path)
-                for stories, used in read_stories(blocks, sources[-1], min(room, size)):
-                    sides = {"train": [], "val": []}
-                    for story in stories:
-                        # One draw per story: the split depends on the seed and the story's number, on nothing
-                        # else. The first two stories go one to each side, so that neither is ever empty.
-                        number = counts["train_stories"] + counts["val_stories"]
-                        drawn = rng.random() < val_fraction
-                        side = "val" if (drawn if number > 1 else number) else "train"
-                        sides[side].append(story)
-                        counts[f"{side}_stories"] += 1
-                    for side, file in ("train", train), ("val", val):
-                        tokens = encode(tokenizer, sides[side], pool)
-                        counts[f"{side}_tokens"] += len(tokens) // 2
-                        file.write(tokens)
-                    bar.update(used)
-                room = max(0, room - size)                      # a source cut short is the last one
-        stories, tokens = (counts[f"train_{what}"] + counts[f"val_{what}"] for what in ("stories", "tokens"))
-        if stories < 2:
-            raise ValueError(f"{' '.join(map(str, inputs))}: fewer than two stories, too few to train and test; "
-                             f"separate stories by {END}" + " or raise --max_mb" * bool(max_mb))
-        meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, **counts, "sources": sources,
-                "val_fraction": val_fraction, "seed": seed}
-        if inputs == ["demo"]:                                  # an END costs no nats, but counts as a token
-            meta["entropy_nats_per_story"] = entropy()
-            meta["entropy_nats_per_token"] = entropy() * stories / tokens
-        meta_file.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        for final, path in temporary.items():                   # meta.json last: it vouches for the other two
-            os.replace(path, final)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=room, unit="B", unit_scale=True, disable=None) as bar:
+        for path, size in zip(inputs, sizes, strict=True):
+            if not room:
+                break
+            sources.append({"name": str(path)})
+            for stories, used in read_stories(read_blocks(path, seed), sources[-1], min(room, size)):
+                sides = [], []                                  # to train on, to validate on
+                for number, story in enumerate(stories, sum(stories_in)):
+                    # One draw per story: the split depends on the seed and the story's number, on nothing else. The
+                    # first two stories go one to each side, so that neither is ever empty.
+                    drawn = rng.random() < val_fraction
+                    sides[drawn if number > 1 else number].append(story)
+                for side, file in enumerate(bins):
+                    tokens = encode(tokenizer, sides[side], pool)
+                    stories_in[side] += len(sides[side])
+                    occurs[tokens] = True
+                    file.write(tokens.tobytes())
+                bar.update(used)
+            room = max(0, room - size)                          # a source cut short is the last one
+    if sum(stories_in) < 2:
+        raise ValueError(f"{' '.join(map(str, inputs))}: fewer than two stories, too few to train and test; "
+                         f"separate stories by {END}" + " or raise --max_mb" * bool(max_mb))
+    tokens_in = [file.tell() // 2 for file in bins]
+    vocabulary = keep(np.flatnonzero(occurs)) if seen else grammar_words() if name == "words" else None
+    if seen:
+        new_id = np.zeros(1 << 16, "<u2")
+        new_id[vocabulary] = range(len(vocabulary))
+        for file in bins:
+            file.seek(0)
+            for block in read_blocks(file.name):                # it reads ahead of what is overwritten
+                file.write(new_id[np.frombuffer(block, "<u2")].tobytes())
+    counts = zip(("train_stories", "val_stories", "train_tokens", "val_tokens"), stories_in + tokens_in, strict=True)
+    meta = {"tokenizer": name, "vocab_size": len(vocabulary) if seen else tokenizer.n_vocab, **dict(counts),
+            "sources": sources, "val_fraction": val_fraction, "seed": seed}
+    if inputs == ["demo"]:                                      # an END costs no nats, but counts as a token
+        meta["entropy_nats_per_story"] = entropy()
+        meta["entropy_nats_per_token"] = entropy() * sum(stories_in) / sum(tokens_in)
+    if vocabulary:
+        meta["vocabulary"] = vocabulary                         # a long list, so at the end
+    meta_file.write((json.dumps(meta, indent=1) + "\n").encode())
     return meta
 
 
+# ---- Tokens back -----------------------------------------------------------------------------------------------------
+def read_meta(folder):
+    """The metadata in `folder`, a dict. Raises ValueError in one line where there are none or they are damaged."""
+    path = Path(folder) / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        size, vocabulary = meta["vocab_size"], meta.get("vocabulary")
+        kind = {"gpt2": int, "words": str, "bytes": None}[meta["tokenizer"]]
+        kinds = None if vocabulary is None else (len(vocabulary), {*map(type, vocabulary)})
+        nats = [value for name, value in meta.items() if name.startswith("entropy_")]
+        if (type(size) is int and 1 <= size <= 1 << 16 and kinds in (None, (size - 257 * (kind is str), {kind}))
+                and all(type(value) is float and math.isfinite(value) for value in nats)):
+            return meta
+    except FileNotFoundError:
+        raise ValueError(f"no data in {folder}: run prepare.py first, or name its folder with --data") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path} is damaged: run prepare.py again")
+
+
+def read_tokens(folder, split, meta):
+    """The tokens of `split`, "train" or "val": uint16, memory-mapped. Raises ValueError if they do not fit `meta`."""
+    path = Path(folder) / f"{split}.bin"
+    if not path.is_file():
+        raise ValueError(f"no {path}: run prepare.py first")
+    if (size := path.stat().st_size) % 2:
+        raise ValueError(f"{path} has an odd number of bytes, it is cut short: run prepare.py again")
+    tokens = np.memmap(path, "<u2", "r") if size else np.zeros(0, "<u2")
+    if (largest := tokens.max(initial=0)) >= meta["vocab_size"]:
+        raise ValueError(f"{path} holds token id {largest}, beyond the vocabulary of {meta['vocab_size']}: "
+                         "run prepare.py again")
+    if len(tokens) != (count := meta.get(f"{split}_tokens", len(tokens) or 1)):
+        raise ValueError(f"{path} holds {len(tokens):,} of {count:,} tokens: run prepare.py again")
+    return tokens
+
+
+def rows_of(tokens, block_size, aligned=False):
+    """The rows to train on: (N, 2) int64, where in `tokens` its inputs begin and how many targets it has.
+    Contiguous rows are windows of block_size targets; a rest that fills none is left out. An aligned row is a story: it
+    begins with the END before it (before the file's first at index -1, its last token, an END, too) and ends with its
+    own; a story that is too long is cut into rows of its own. So each token is a target once.
+    """
+    if not aligned:
+        count = (len(tokens) - 1) // block_size
+        return np.stack([np.arange(count) * block_size, np.full(count, block_size)], 1)
+    rows, start = [], -1
+    for stop in np.flatnonzero(tokens == tokens[-1]).tolist():
+        rows += [(i, min(block_size, stop - i)) for i in range(start, stop, block_size)]
+        start = stop
+    return np.array(rows)
+
+
+def windows(tokens, rows, end=None):
+    """Inputs and targets of `rows` (B, 2), see rows_of: (B, T) int64 each, with T the largest number of targets.
+    A shorter row is padded: inputs with `end` (default: the last token, which is END), targets with -1, which carries
+    no loss. `tokens` may be any array beside the tokens, as label_slots returns: its floats stay floats.
+    """
+    start, count = rows[:, :1], rows[:, 1:]
+    steps = np.arange(count.max())
+    x, y = (tokens[(start + steps + i) % len(tokens)].astype(np.result_type(tokens, np.int64)) for i in (0, 1))
+    padding = steps >= count
+    x[padding], y[padding] = tokens[-1] if end is None else end, -1
+    return x, y
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
 def fail(error):
     """Says in one line on standard error what is wrong. Returns the exit status of bad input."""
     if isinstance(error, OSError) and error.strerror:
@@ -383,18 +573,19 @@ def fail(error):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(fail(message))
-    parser.add_argument("inputs", nargs="*", metavar="INPUT",
-                        help=f"UTF-8 text files (stories separated by {END}), folders (every *.txt below), "
-                             "tinystories (downloads TinyStoriesV2-GPT4, 2.2 GB, into the output folder) or "
-                             "demo (stories from a built-in grammar); default: training_data if it holds any "
-                             ".txt, else tinystories, and demo where there is no network")
-    parser.add_argument("--out", type=Path, default=Path("data"), help="output folder (default: %(default)s)")
-    parser.add_argument("--tokenizer", help="gpt2 or bytes (default: gpt2, but bytes for demo)")
-    parser.add_argument("--val_fraction", type=float, default=0.05,
-                        help="share of the stories for validation, between 0 and 1 (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="of the split and of demo (default: %(default)s)")
-    parser.add_argument("--max_mb", type=float, help="MB (10^6 bytes) of text to use, to the last whole story "
-                                                     f"(default: all; for demo {DEMO_MB})")
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="INPUT",
+        help=f"UTF-8 text files (stories separated by {END}), folders (every *.txt below), tinystories (downloads "
+             "TinyStoriesV2-GPT4, 2.2 GB, into the output folder) or demo (stories from a built-in grammar); default: "
+             "training_data if it holds any .txt, else tinystories, and demo where there is no network")
+    add("--out", type=Path, default=Path("data"), help="output folder (default: %(default)s)")
+    add("--tokenizer", help="gpt2, bytes, or words: the demo stories', else bytes (default: gpt2, but words for demo)")
+    add("--vocab", choices=("full", "seen"), default="full",
+        help="full, or of GPT-2's tokens only those seen in the text and their parts (default: %(default)s)")
+    add("--val_fraction", type=float, default=0.05, help="share of the stories to validate on (default: %(default)s)")
+    add("--seed", type=int, default=42, help="of the split and of demo (default: %(default)s)")
+    add("--max_mb", type=float,
+        help=f"MB (10^6 bytes) of text to use, to the last whole story (default: all; for demo {DEMO_MB})")
     args = parser.parse_args()
     try:
         if not 0 < args.val_fraction < 1:
@@ -403,9 +594,12 @@ def main():
             raise ValueError(f"--max_mb is {args.max_mb}, but must be above 0")
         asked = args.inputs or ["training_data"] * any(Path("training_data").rglob("*.txt"))
         inputs = asked or ["tinystories"]
+        name = args.tokenizer or ("words" if inputs == ["demo"] else "gpt2")
         try:
             # The vocabulary comes first: where it is missing, nobody should wait for 2.2 GB to find that out.
-            tokenizer = get_tokenizer(args.tokenizer or ("bytes" if inputs == ["demo"] else "gpt2"))
+            tokenizer_of({"tokenizer": name})
+            if args.vocab == "seen" and name != "gpt2":
+                raise ValueError(f"--vocab seen is for --tokenizer gpt2; {name} has few tokens: leave it out")
             if "tinystories" in inputs:
                 corpus = args.out / TINYSTORIES.rpartition("/")[2]
                 inputs = [corpus if path == "tinystories" else path for path in inputs]
@@ -416,8 +610,12 @@ def main():
             if asked:
                 raise
             fail(f"NO NETWORK, SO THESE ARE THE BUILT-IN DEMO STORIES, NOT TINYSTORIES: {error}")
-            inputs, tokenizer = ["demo"], get_tokenizer(args.tokenizer or "bytes")
-        meta = write(args.out, tokenizer, find_files(inputs), args.val_fraction, args.seed, args.max_mb)
+            inputs, name = ["demo"], args.tokenizer or "words"
+        seen, inputs = args.vocab == "seen" and name == "gpt2", find_files(inputs)
+        args.out.mkdir(parents=True, exist_ok=True)
+        # meta.json comes last: it vouches for the other two.
+        with new_files([args.out / file for file in ("train.bin", "val.bin", "meta.json")]) as files:
+            meta = write_tokens(files, name, seen, inputs, args.val_fraction, args.seed, args.max_mb)
     except (ValueError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
