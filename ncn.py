@@ -1,29 +1,30 @@
 """
-Neuromodulatory Control Networks (NCN), the whole model in one file.
+Neuromodulatory Control Networks (NCN), the whole model in one file; the operations it fuses are in kernels.py.
 
-A Transformer computes the same way for every token. A brain does not: a few small nuclei broadcast dopamine,
-acetylcholine and noradrenaline, and the same circuits become more or less sensitive, focused, active. Here a small
+A Transformer computes the same way for every token. A brain does not: a few small nuclei broadcast noradrenaline,
+acetylcholine or dopamine, and the same circuits become more sensitive, more focused, more active. Here a small
 controller network reads the token embeddings and emits, for every token and every layer, three numbers:
 
     gain       g      in (0, 2)     how strongly the layer's two branches write into the residual stream
     precision  beta   in (0.01, 4]  inverse temperature of the layer's attention: how sharply it focuses
     gate       gamma  in (0, 1)     how much of the feed-forward branch (FFN) is let through
 
-Each is 1 when the controller leaves the Transformer alone. Read from the top: config, controller, block, model,
-loss, generation. "Eq." and "section" refer to the paper, "Neuromodulatory Control Networks" (M. C. Morgan, 2025).
+A signal of 1 leaves the Transformer as it is. Read from the top: config, controller, salience pooling, block, model and
+loss, files. Generation is in sample.py. "Eq." and "section" refer to the paper, "Neuromodulatory Control Networks"
+(M. C. Morgan, 2025). Shapes: B sequences, T tokens, width d, L layers, vocabulary V; h heads of width e = d / h, the
+blocks' n_head or, in the controller, ncn_heads.
 
 Worth noticing:
 - Causal salience: at position t the controller sees tokens 0..t, so training and generation compute the same numbers.
   The paper trains with the whole sequence in view (`global`) and generates with one token (`reactive`); both are here.
-- The salience cache, future work in the paper: O(1) time and memory per generated token.
-- The model starts as the plain Transformer: every signal is at its neutral value at step 0, and stays there until
-  moving it pays.
-- The loss never holds the logits of a whole batch (kernels.py). Generation computes a key or a value again only when
-  its window refills, and has a class of its own, the Decoder, for the same sums in as few operations as can be.
+- The salience cache, future work in the paper: the controller's O(1) time and memory per generated token.
+- The model starts close to the plain Transformer: gain and precision at 1, the gate at 0.953, since no sigmoid is 1.
+- Static and modulated models of the same seed start from the same base weights, so that runs compare pair by pair.
 """
 
 import math
 import os
+import zlib
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 
@@ -32,10 +33,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import actuate, linear_cross_entropy, modulate, rms_norm, write_cache
+from kernels import actuate, linear_cross_entropy, modulate, rms_norm
 
 SIGNALS = ("gain", "precision", "gate")
-SALIENCE = ("causal", "global", "reactive")
+SALIENCE = ("causal", "global", "reactive", "constant")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -43,39 +44,44 @@ SALIENCE = ("causal", "global", "reactive")
 
 @dataclass
 class NCNConfig:
-    """The model's sizes; the defaults are the paper's run. Raises ValueError where they contradict each other."""
+    """The model's settings; sizes default to the paper's run. Raises ValueError where they contradict each other."""
 
     vocab_size: int = 50257  # tokens the model knows
     block_size: int = 512  # context length, in tokens
     n_layer: int = 6  # Transformer blocks
     n_head: int = 8  # attention heads per block
     n_embd: int = 256  # width d of the residual stream
-    dropout: float = 0.1  # on embeddings and branch outputs; not on attention probabilities, which would cost the
-    #                       fast attention kernels
+    dropout: float = 0.1  # on embeddings and branch outputs; fast attention kernels have none on the probabilities
     ncn_hidden: int = 64  # hidden width of the controller
     ncn_heads: int = 2  # heads of the controller's salience pooling
-    homeostatic_lambda: float = 0.01  # price of a signal's squared distance from 1 (Eq. 18)
-    signals: tuple = SIGNALS  # which signals the controller drives; () is the plain Transformer
-    salience: str = "causal"  # what the salience pooling sees: causal (0..t), global (everything), reactive (t alone)
+    homeostatic_lambda: float = 0.01  # of Eq. 18: weight of (s - 1)^2, summed over signals, else averaged
+    signals: tuple = SIGNALS  # which signals the controller drives; () is the plain, "static" Transformer
+    salience: str = "causal"  # tokens the salience pooling sees: causal 0..t, global all, reactive t, constant none
+    n_ffn: int = 0  # hidden width of the FFN; 0: 4 n_embd. Wider: a static model with a controller's parameters
 
     def __post_init__(self):
         if unknown := set(self.signals) - set(SIGNALS):
             raise ValueError(f"unknown signal '{min(unknown)}': choose from {', '.join(SIGNALS)}, or none of them")
         self.signals = tuple(name for name in SIGNALS if name in self.signals)
-        if self.salience not in SALIENCE:
-            raise ValueError(f"unknown salience mode '{self.salience}': choose from {', '.join(SALIENCE)}")
+        check_salience(self.salience)
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "ncn_hidden", "ncn_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
         for name in ("n_head", "ncn_heads"):
             if self.n_embd % getattr(self, name):
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by {name} {getattr(self, name)}")
-        if self.block_size < 2:  # generation keeps half of a full window
+        if self.block_size < 2:  # when the window is full, generation drops its older half
             raise ValueError(f"block_size is {self.block_size}, it must be at least 2")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, it must be in [0, 1)")
-        if not 0 <= self.homeostatic_lambda < math.inf:
-            raise ValueError(f"homeostatic_lambda is {self.homeostatic_lambda}, it must be 0 or more")
+        for name in ("homeostatic_lambda", "n_ffn"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be 0 or more")
+
+
+def check_salience(mode):
+    if mode not in SALIENCE:
+        raise ValueError(f"unknown salience mode '{mode}': choose from {', '.join(SALIENCE)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,55 +99,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight)
 
 
-def salience_pool(scores, values, chunk=32):
-    """
-    Causal softmax pooling: out[t] = sum_{i<=t} softmax(scores[0..t])_i values[i], and the state that continues it.
-
-    scores (B, h, T), values (B, h, T, e), both float32 -> pooled (B, h, T, e), and the state after the last token:
-    running maximum (B, h), running sum (B, h), running weighted value (B, h, e).
-
-    There is one score per token, not one per pair of tokens, so nothing of size (T, T) is needed. Tokens are handled
-    in chunks: within a chunk directly; of each earlier chunk only its maximum, its sum and its weighted value count.
-    Every exponent is a score minus a running maximum that already covers it, so never above 0: exact for any scores.
-    (Measured, 2 CPU cores, fp32, forward and backward at (4, 2, 512, 128): 5.4 ms; SDPA with a repeated query 29 ms.)
-    """
-    T = scores.size(-1)
-    n = -(-T // chunk)
-    pad = n * chunk - T
-    s = F.pad(scores, (0, pad), value=-math.inf).unflatten(-1, (n, chunk))  # (B, h, n, C)
-    v = F.pad(values, (0, 0, 0, pad)).unflatten(-2, (n, chunk))  # (B, h, n, C, e)
-    # The maxima only set the scale that numerator and denominator share: their gradient is exactly zero, so detach.
-    top = s.detach().flatten(-2).cummax(-1).values.unflatten(-1, (n, chunk))  # (B, h, n, C)
-    peak = s.detach().amax(-1)  # (B, h, n)
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=s.device).triu(1)
-    within = (s[..., None, :] - top[..., None]).masked_fill(later, -math.inf).exp()  # (B, h, n, C, C)
-    weight = (s - peak[..., None]).exp()  # (B, h, n, C)
-    chunk_sum = weight.sum(-1)  # (B, h, n)
-    chunk_value = (weight[..., None, :] @ v).squeeze(-2)  # (B, h, n, e)
-    not_before = torch.ones(n, n, dtype=torch.bool, device=s.device).triu()[:, None]
-    before = (peak[..., None, None, :] - top[..., None]).masked_fill(not_before, -math.inf).exp()  # (B, h, n, C, n)
-    total = within.sum(-1) + (before @ chunk_sum[:, :, None, :, None]).squeeze(-1)  # (B, h, n, C)
-    value = within @ v + before @ chunk_value[:, :, None]  # (B, h, n, C, e)
-    pooled = (value / total[..., None]).flatten(2, 3)[:, :, :T]
-    last = [x.flatten(2, 3)[:, :, T - 1] for x in (top, total, value)]
-    return pooled, last
-
-
-def salience_step(score, value, state):
-    """
-    One more token for salience_pool: score (B, h), value (B, h, e), state as salience_pool leaves it, updated in place
-    -> pooled (B, h, e). This is the salience cache: constant time and memory, and the same recurrence by which the
-    online softmax in kernels.cu reads a row of logits once: when the maximum rises, what was summed is rescaled.
-    """
-    top, total, weighted = state
-    new_top = torch.maximum(top, score)
-    old, new = (top - new_top).exp(), (score - new_top).exp()
-    top.copy_(new_top)
-    total.mul_(old).add_(new)
-    weighted.mul_(old[..., None]).addcmul_(new[..., None], value)
-    return weighted / total[..., None]
-
-
 class Controller(nn.Module):
     """
     The neuromodulatory nuclei: embeddings in, three signals per token and layer out.
@@ -152,7 +109,7 @@ class Controller(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, self.n_head, self.n_layer = config.n_embd, config.ncn_heads, config.n_layer
+        d, self.ncn_heads, self.n_layer = config.n_embd, config.ncn_heads, config.n_layer
         self.query = nn.Parameter(torch.empty(1, d))  # the learned salience query, the "top-down attentional set"
         self.in_proj = nn.Linear(d, 3 * d)  # query, key and value of a standard multi-head attention
         self.out_proj = nn.Linear(d, d)
@@ -164,77 +121,121 @@ class Controller(nn.Module):
 
     def start_neutral(self):
         """Section 4.1.4: bias z so that gain = 1, precision = 1, gate = 0.953. After all other initialisation."""
-        nn.init.normal_(self.layer2.weight, std=1e-3)  # small: the signals start at the biases' values, yet can learn
         with torch.no_grad():
+            self.layer2.weight.mul_(0.01)  # small: the signals start at the biases' values, yet can learn
             self.layer2.bias.copy_(torch.tensor([0.0, 0.525, 3.0]).repeat(self.n_layer))
 
-    def folded(self):
-        """
-        The salience scores as one small product: there is a single query, so q . (Wk x + bk) = (q Wk) . x + q . bk, and
-        a (d, h) product replaces a (d, d) one. -> (h, d), (h,), in float32: these scores are exponentiated.
-        """
-        (wq, wk, _), (bq, bk, _) = self.in_proj.weight.float().chunk(3), self.in_proj.bias.float().chunk(3)
-        q = F.linear(self.query.float(), wq, bq).view(self.n_head, 1, -1)  # (h, 1, e)
-        q = q / math.sqrt(q.size(-1))
-        key = (q @ wk.unflatten(0, (self.n_head, -1))).squeeze(1)  # (h, d)
-        return key, (q.squeeze(1) * bk.unflatten(0, (self.n_head, -1))).sum(-1)
+    def forward(self, x, salience):
+        """x (B, T, d), what the blocks get -> the signals (B, T, L, 3), float32, in the order of SIGNALS."""
+        check_salience(salience)
+        if salience == "constant":  # the MLP gets no input: three learned numbers per layer, the same for every token
+            u = x.new_zeros(1, 1, x.size(-1))
+        else:
+            u = self.context(x, salience) + x  # Eq. 2; Eq. 13 says it for all tokens at once. (B, T, d)
+        return self.compute_signals(u).expand(*x.shape[:2], -1, -1)
 
     def context(self, x, salience):
-        """Salience pooling, Eq. 1: x (B, T, d) -> c (B, T, d), or (B, 1, d) for `global`."""
+        """Salience pooling, Eq. 1: c = Attention(query, x, x). x (B, T, d) -> (B, T, d), or (B, 1, d) for `global`."""
         value = F.linear(x, self.in_proj.weight.chunk(3)[2], self.in_proj.bias.chunk(3)[2])  # (B, T, d)
         if salience == "reactive":
             return self.out_proj(value)  # a softmax over a single token is 1
-        with torch.autocast(x.device.type, enabled=False):
-            scores = F.linear(x.float(), *self.folded()).transpose(1, 2)  # (B, h, T)
-            value = value.unflatten(-1, (self.n_head, -1)).transpose(1, 2).float()  # (B, h, T, e)
+        with torch.autocast(x.device.type, enabled=False):  # scores are exponentiated: always in float32
+            scores = F.linear(x.float(), self.folded()).transpose(1, 2)  # (B, h, T)
+            value = value.unflatten(-1, (self.ncn_heads, -1)).transpose(1, 2).float()  # (B, h, T, e)
             if salience == "global":
                 pooled = scores.softmax(-1)[:, :, None] @ value  # (B, h, 1, e): every token sees the future
             else:
-                pooled, _ = salience_pool(scores, value)  # (B, h, T, e)
+                pooled, _ = salience_pool(scores, value)  # (B, h, T, e): token t sees tokens 0..t
         return self.out_proj(pooled.transpose(1, 2).flatten(2).to(x.dtype))
 
-    def signals(self, u):
-        """Tonic + phasic, u (..., d) -> signals (..., L, 3) float32, and the sum of their mean squared deviations."""
-        z = self.layer2(torch.tanh(self.layer1(self.norm(u))))  # Eq. 3 and 14
-        z = z.unflatten(-1, (self.n_layer, 3))  # (..., L, 3), Eq. 4
-        signals, deviation = actuate(z)  # Eq. 5, 6, 7, with precision clamped at 4
-        if not self.all_active:  # a signal that the config leaves out stays at 1 and costs nothing
-            signals = torch.where(self.active, signals, 1.0)
-            deviation = deviation * self.active
-        return signals, deviation.sum() * (3 / z.numel())
+    def folded(self):
+        """
+        The salience scores as one small product. -> weight (h, d), float32: scores = x @ weight.T.
 
-    def forward(self, x, salience):
-        """x (B, T, d) -> signals (B, T, L, 3) float32, and their deviation."""
-        return self.signals(self.context(x, salience) + x)  # Eq. 2 and 13
+        Unfolded, a head's score of token i is  q . k_i / sqrt(e)  with  q = Wq query + bq  and  k_i = Wk x_i + bk.
+        One query serves all tokens, so  q . k_i = (Wk^T q) . x_i + q . bk:  a (d, h) product replaces a (d, d) one; and
+        q . bk is the same for every token, so that the softmax does not see it.
+        """
+        (wq, wk, _), (bq, _, _) = self.in_proj.weight.float().chunk(3), self.in_proj.bias.float().chunk(3)
+        q = F.linear(self.query.float(), wq, bq).view(self.ncn_heads, 1, -1)  # (h, 1, e)
+        weight = q @ wk.unflatten(0, (self.ncn_heads, -1))  # (h, 1, e) @ (h, e, d) = (h, 1, d)
+        return weight.squeeze(1) / math.sqrt(q.size(-1))
+
+    def compute_signals(self, u):
+        """Tonic + phasic, u (..., d) -> signals (..., L, 3), float32."""
+        z = self.layer2(torch.tanh(self.layer1(self.norm(u))))  # Eq. 3; Eq. 14 for all tokens at once. (..., 3 L)
+        z = z.unflatten(-1, (self.n_layer, 3))  # Eq. 4, (..., L, 3)
+        # Table 1, the signals:   gain       g     = 2 sigmoid(z[..., 0])                      Eq. 5
+        #                         precision  beta  = min(softplus(z[..., 1]) + 0.01, 4)        Eq. 6
+        #                         gate       gamma = sigmoid(z[..., 2])                        Eq. 7
+        signals = actuate(z)
+        return signals if self.all_active else torch.where(self.active, signals, 1.0)  # the others stay at 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Salience pooling and its cache
+
+
+def salience_pool(scores, values, chunk=32):
+    """
+    The causal context: at each t, an average of the values so far, weighted by a softmax over the scores so far.
+    scores (B, h, T), values (B, h, T, e), float32 -> pooled (B, h, T, e), and the state that continues it. Naively:
+
+        later = torch.ones(T, T, dtype=torch.bool).triu(1)                                  # i > t
+        weight = scores[:, :, None].expand(-1, -1, T, -1).masked_fill(later, -math.inf).softmax(-1)
+        pooled = weight @ values                                                            # (B, h, T, e)
+
+    A token has one score, whoever looks at it, so no (T, T) matrix is needed: the average over 0..t is a sum of
+    exp(score_i) values_i over a sum of exp(score_i), and sums over a prefix can be had by n chunks of C tokens. In the
+    chunk of t each token counts by itself; of an earlier chunk only its maximum, its sum and its weighted value. Every
+    exponent is a score, or a chunk's maximum, minus a maximum that already covers it, so never above 0, and that of
+    the largest score is 0: nothing overflows and no sum is 0, for any finite scores.
+
+    The state after the last token: maximum (B, h), sum (B, h) and weighted value (B, h, e), views: copy what you keep.
+    """
+    T = scores.size(-1)
+    n = -(-T // chunk)
+    pad = n * chunk - T
+    s = F.pad(scores, (0, pad), value=-math.inf).unflatten(-1, (n, chunk))  # (B, h, n, C)
+    v = F.pad(values, (0, 0, 0, pad)).unflatten(-2, (n, chunk))  # (B, h, n, C, e)
+    # The maxima only set scales that cancel, top between value and total, peak between weight and before: no gradient.
+    top = s.detach().flatten(-2).cummax(-1).values.unflatten(-1, (n, chunk))  # (B, h, n, C), over all of 0..t
+    peak = s.detach().amax(-1)  # (B, h, n), of each chunk
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=s.device).triu(1)
+    within = (s[..., None, :] - top[..., None]).masked_fill(later, -math.inf).exp()  # (B, h, n, C, C): [t, i]
+    weight = (s - peak[..., None]).exp()  # (B, h, n, C)
+    chunk_sum = weight.sum(-1)  # (B, h, n)
+    chunk_value = (weight[..., None, :] @ v).squeeze(-2)  # (B, h, n, e)
+    not_before = torch.ones(n, n, dtype=torch.bool, device=s.device).triu()[:, None]
+    before = (peak[..., None, None, :] - top[..., None]).masked_fill(not_before, -math.inf).exp()  # (B, h, n, C, n)
+    total = within.sum(-1) + (before @ chunk_sum[:, :, None, :, None]).squeeze(-1)  # (B, h, n, C)
+    value = within @ v + before @ chunk_value[:, :, None]  # (B, h, n, C, e)
+    pooled = (value / total[..., None]).flatten(2, 3)[:, :, :T]
+    return pooled, [x.flatten(2, 3)[:, :, T - 1] for x in (top, total, value)]
+
+
+def salience_step(score, value, state):
+    """
+    The salience cache: one more token at constant cost. score (B, h), value (B, h, e), state as salience_pool leaves
+    it, updated in place -> pooled (B, h, e). With top_t the maximum so far, keep
+
+        total_t    = sum_i exp(score_i - top_t)          = r total_{t-1}    + exp(score_t - top_t)
+        weighted_t = sum_i exp(score_i - top_t) value_i  = r weighted_{t-1} + exp(score_t - top_t) value_t
+        pooled     = weighted_t / total_t                  with r = exp(top_{t-1} - top_t)
+
+    When the maximum rises, what was summed is rescaled: the online softmax, as the kernel of the loss runs it.
+    """
+    top, total, weighted = state
+    new_top = torch.maximum(top, score)
+    old, new = (top - new_top).exp(), (score - new_top).exp()
+    top.copy_(new_top)
+    total.mul_(old).add_(new)
+    weighted.mul_(old[..., None]).addcmul_(new[..., None], value)
+    return weighted / total[..., None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Block
-
-
-class _Dropout(torch.autograd.Function):
-    """For a CPU: 16 random bits per number instead of 32, one byte kept instead of 4. (2 cores, (4, 512, 256): 1.0 ms,
-    F.dropout 3.5.) The share that stays is a multiple of 1/65536, and what stays is scaled by exactly its inverse."""
-
-    @staticmethod
-    def forward(ctx, x, p):
-        stay = min(max(round((1 - p) * 2**16), 1), 2**16 - 1)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.long).random_(-(2**63), None).view(torch.int16)
-        keep = (bits[: x.numel()] < stay - 2**15).view(x.shape)
-        ctx.save_for_backward(keep)
-        ctx.scale = 2**16 / stay
-        return x * keep.to(x.dtype).mul_(ctx.scale)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy * ctx.saved_tensors[0].to(dy.dtype).mul_(ctx.scale), None
-
-
-def dropout(x, p, training):
-    """F.dropout(x, p, training), by the fastest way that the device has."""
-    if not training or not p:
-        return x
-    return F.dropout(x, p) if x.is_cuda or torch.compiler.is_compiling() else _Dropout.apply(x, p)
 
 
 class Block(nn.Module):
@@ -243,38 +244,42 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, self.n_head, self.dropout = config.n_embd, config.n_head, config.dropout
+        n_ffn = config.n_ffn or 4 * d
         self.attn_norm = RMSNorm(d)
         self.qkv = nn.Linear(d, 3 * d, bias=False)
         self.attn_out = nn.Linear(d, d, bias=False)
         self.ffn_norm = RMSNorm(d)
-        self.ffn_in = nn.Linear(d, 4 * d)
-        self.ffn_out = nn.Linear(4 * d, d)
+        self.ffn_in = nn.Linear(d, n_ffn)
+        self.ffn_out = nn.Linear(n_ffn, d)
+
+    def attention(self, x, precision):
+        """x (B, T, d), precision (B, T, 1) or None -> (B, T, d)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, h, T, e) each
+        if precision is not None:  # beta sharpens or flattens; keys stay as they are, so they can be cached
+            q = q * precision[:, None].to(q.dtype)  # Eq. 8
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # Eq. 9, (B, h, T, e)
+        return self.attn_out(y.transpose(1, 2).flatten(2))
+
+    def ffn(self, x):
+        """x (B, T, d) -> (B, T, d); the gate of Eq. 12 is applied by add."""
+        return self.ffn_out(F.gelu(self.ffn_in(x)))
+
+    def add(self, x, branch, gain, gate=None):
+        """
+        x + gain * gate * branch: a branch (B, T, d) joins the residual stream x, scaled by its signals (B, T, 1); no
+        gate is a gate of 1, no gain the plain Transformer.
+        """
+        branch = F.dropout(branch, self.dropout, self.training)
+        if gain is None:
+            return x + branch
+        # Backward, the branch's weights get their gradient times the same factor: Eq. 17, "gradient shielding".
+        return modulate(branch, x, gain, gate)
 
     def forward(self, x, signals=None):
         """x (B, T, d), this layer's signals (B, T, 3) or None for the plain Transformer -> (B, T, d)."""
         gain, precision, gate = (None,) * 3 if signals is None else signals.split(1, dim=-1)  # (B, T, 1) each
         x = self.add(x, self.attention(self.attn_norm(x), precision), gain)  # Eq. 10
-        return self.add(x, self.ffn(self.ffn_norm(x)), gain, gate)  # Eq. 11, 12
-
-    def ffn(self, x):
-        x, rest = self.ffn_in(x), lambda x: self.ffn_out(F.gelu(x))
-        if not self.training or x.numel() < 2**20:
-            return rest(x)
-        # The backward pass computes GELU again instead of keeping its result, a fifth of a block's memory. It costs
-        # nothing that can be measured where that is much, 3% of a step where it is little.
-        return checkpoint(rest, x, use_reentrant=False, preserve_rng_state=False)
-
-    def add(self, x, branch, gain, gate=None):
-        """One branch joins the residual stream, scaled by its signals."""
-        branch = dropout(branch, self.dropout, self.training)
-        return x + branch if gain is None else modulate(branch, x, gain, gate)
-
-    def attention(self, x, precision):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, h, T, d/h) each
-        if precision is not None:  # Eq. 8: beta sharpens or flattens; keys stay as they are, so they can be cached
-            q = q * precision[:, None].to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # Eq. 9
-        return self.attn_out(y.transpose(1, 2).flatten(2))
+        return self.add(x, self.ffn(self.ffn_norm(x)), gain, gate)  # Eq. 11, with the gate of Eq. 12
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -284,10 +289,11 @@ Loss = namedtuple("Loss", "total task homeostatic")
 
 
 class ModulatedLM(nn.Module):
-    """A Transformer language model and the controller that modulates it, trained as one (Eq. 15, 19)."""
+    """A Transformer language model and the controller that modulates it, trained as one."""
 
     def __init__(self, config):
         super().__init__()
+        seed = int(torch.randint(2**31, ()))  # drawn before anything that differs between variants
         self.config = config
         self.checkpoint_blocks = False  # see hidden
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head: the two are tied
@@ -295,17 +301,25 @@ class ModulatedLM(nn.Module):
         self.controller = Controller(config) if config.signals else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
+        self.init_weights(seed)
+
+    def init_weights(self, seed):
+        """Normal weights of variance 1 / inputs, sinusoidal positions, a neutral controller."""
+        # Each matrix draws from a generator of its own, named after it: what a variant adds changes nothing elsewhere.
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() > 1:  # GPT-2: the branches' last projections are scaled so that depth does not add variance
-                branch_end = name.endswith(("attn_out.weight", "ffn_out.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if branch_end else 0.02)
+            elif p.dim() > 1:
+                std = p.size(1) ** -0.5  # 1 / sqrt(inputs) keeps the variance; the embedding counts as the head
+                if name.endswith(("attn_out.weight", "ffn_out.weight")):  # as in GPT-2, whatever the depth
+                    std /= math.sqrt(2 * self.config.n_layer)
+                nn.init.normal_(p, std=std, generator=torch.Generator().manual_seed(seed + zlib.crc32(name.encode())))
         # The position embeddings are learned, but start as sinusoids (Vaswani et al. 2017) of the same size: "the token
         # before" is then one rotation for all positions. On the demo stories that saves a tenth of the steps.
-        phase = torch.arange(config.block_size)[:, None] * 1e-4 ** torch.linspace(0, 1, -(-config.n_embd // 2))
+        T, d = self.position.weight.shape
+        phase = torch.arange(T)[:, None] * 1e-4 ** torch.linspace(0, 1, -(-d // 2))
         with torch.no_grad():
-            self.position.weight.copy_(0.02 * 2**0.5 * torch.cat([phase.sin(), phase.cos()], dim=1)[:, : config.n_embd])
+            self.position.weight.copy_((2 / d) ** 0.5 * torch.cat([phase.sin(), phase.cos()], dim=1)[:, :d])
         if self.controller:
             self.controller.start_neutral()
 
@@ -314,139 +328,56 @@ class ModulatedLM(nn.Module):
         if ids.size(1) > self.config.block_size:
             raise ValueError(f"{ids.size(1)} tokens do not fit into block_size {self.config.block_size}")
         x = self.embed(ids) + self.position.weight[: ids.size(1)]
-        return dropout(x, self.config.dropout, self.training)
+        return F.dropout(x, self.config.dropout, self.training)
 
     def hidden(self, ids, salience=None, edit=None):
-        """ids (B, T) -> the last hidden state (B, T, d), and the controller's deviation (0 without a controller)."""
-        x = self.embeddings(ids)
-        signals, deviation = [None] * self.config.n_layer, x.new_zeros(())
-        if self.controller:
-            signals, deviation = self.controller(x, salience or self.config.salience)  # (B, T, L, 3)
-            signals = (edit(signals) if edit else signals).unbind(2)  # L x (B, T, 3)
-        for block, s in zip(self.blocks, signals):
+        """ids (B, T) -> the last hidden state (B, T, d), and the signals (B, T, L, 3), None without a controller."""
+        x = self.embeddings(ids)  # (B, T, d)
+        signals, per_layer = None, [None] * self.config.n_layer
+        if self.controller:  # backward, the controller learns through every signal at once: Eq. 16
+            signals = self.controller(x, salience or self.config.salience)  # (B, T, L, 3)
+            per_layer = (edit(signals) if edit else signals).unbind(2)  # L x (B, T, 3)
+        for block, s in zip(self.blocks, per_layer, strict=True):
             if self.checkpoint_blocks and self.training:  # keep a block's input only, and compute it again in backward
                 x = checkpoint(block, x, s, use_reentrant=False)
             else:
                 x = block(x, s)
-        return self.norm(x), deviation
+        return self.norm(x), signals
 
     def forward(self, ids, targets=None, salience=None, edit=None):
         """
-        ids (B, T) int64 -> logits (B, T, vocab_size); with targets (B, T), where -1 is ignored, a Loss instead:
-        total = task + homeostatic, all in nats per token (float32 scalars).
+        ids (B, T) int64 -> logits (B, T, V); with targets (B, T) int64, of which negative ones are ignored, a Loss
+        instead: total = task + homeostatic, in nats per token (float32 scalars). Raises ValueError if T > block_size.
 
         salience overrides the config's mode. edit, a function from signals (B, T, L, 3) to signals, changes them
         before use: to dose a modulator or to pin it. The homeostatic loss is that of the unedited signals.
         """
-        x, deviation = self.hidden(ids, salience, edit)
+        x, signals = self.hidden(ids, salience, edit)
         if targets is None:
             return F.linear(x, self.embed.weight)
-        task = linear_cross_entropy(x, self.embed.weight, targets)
-        homeostatic = self.config.homeostatic_lambda * deviation  # Eq. 18
-        return Loss(task + homeostatic, task, homeostatic)  # Eq. 19
+        task = linear_cross_entropy(x, self.embed.weight, targets)  # forms the gradients in the same pass
+        homeostatic = task.new_zeros(())
+        if signals is not None:
+            penalty = (signals - 1).square().sum(-1).mean(-1)  # (B, T): sum over the three signals, mean over layers
+            counted = targets >= 0  # padding has no task, so it has no price
+            penalty = (penalty * counted).sum() / counted.sum().clamp(min=1)
+            homeostatic = self.config.homeostatic_lambda * penalty  # Eq. 18
+        return Loss(task + homeostatic, task, homeostatic)  # Eq. 19; Eq. 15 says the same
 
     @torch.no_grad()
     def signals(self, ids, salience=None):
-        """ids (B, T) -> (B, T, n_layer, 3) float32: gain, precision, gate. All ones without a controller."""
+        """ids (B, T) -> (B, T, L, 3) float32: gain, precision, gate. All ones without a controller. In eval mode."""
         if not self.controller:
             return torch.ones(*ids.shape, self.config.n_layer, 3, device=ids.device)
-        return self.controller(self.embeddings(ids), salience or self.config.salience)[0]
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Generation
-
-    def window_start(self, n):
-        """
-        First of n tokens that the context still holds. When the window is full its last half is kept, at positions
-        from 0 on, and it fills again; so the start moves once per half window, not once per token.
-        """
-        stride = self.config.block_size - self.config.block_size // 2
-        return max(0, -(-(n - self.config.block_size) // stride)) * stride
-
-    def stream(self, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=None, salience=None, edit=None,
-               end_token=None):
-        """
-        Yields the next token of each row, (B,) int64, up to max_new_tokens times; prompt ids (B, T) int64, T >= 1.
-
-        temperature 0 is greedy; top_k 0 keeps every token. Row r of seed s draws the same numbers whatever the batch.
-        A row that has drawn end_token goes on yielding it; when all have, the stream ends (on a GPU up to 15 tokens
-        later). A model trained with `global` salience generates with `causal`: the prefix is all there is. A GPU
-        records edit with the third step and repeats it, so it may use tensors only. Raises ValueError.
-        """
-        if ids.dim() != 2 or ids.size(1) == 0:
-            raise ValueError("the prompt has no tokens")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise ValueError(f"the prompt has a token id outside the vocabulary of {self.config.vocab_size}")
-        if not (0 <= temperature < math.inf):
-            raise ValueError(f"temperature is {temperature}, it must be 0 (greedy) or more")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}, it must be in (0, 1]")
-        if top_k < 0 or max_new_tokens < 0:
-            raise ValueError(f"top_k ({top_k}) and max_new_tokens ({max_new_tokens}) must be 0 or more")
-        salience = salience or ("causal" if self.config.salience == "global" else self.config.salience)
-        if salience not in ("causal", "reactive"):
-            raise ValueError(f"cannot generate with salience '{salience}': choose causal or reactive")
-        return self._stream(ids, max_new_tokens, temperature, top_k, top_p, seed, salience, edit, end_token)
-
-    @torch.inference_mode()
-    def _stream(self, ids, max_new_tokens, temperature, top_k, top_p, seed, salience, edit, end_token):
-        B, prompt = ids.shape
-        seed = torch.seed() % 2**31 if seed is None else seed
-        chance = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed + row))
-                              for row in range(B)], dim=1).to(ids.device)  # (max_new_tokens, B)
-        text = torch.cat([ids, ids.new_empty(B, max_new_tokens)], dim=1)
-        newest, turn = ids[:, -1:].clone(), ids.new_zeros(1)  # what a step reads; how many were drawn, on the device
-        ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
-        alike = bool((ids == ids[0]).all())
-        decoder, start, graph, steps = Decoder(self, B), -1, None, 0
-
-        def step(fresh):
-            """Reads the tokens fresh (B, T), draws the next one: everything that happens per token."""
-            logits = decoder(fresh, salience, edit).expand(B, -1)
-            token = sample(logits, chance.index_select(0, turn)[0], temperature, top_k, top_p)
-            if end_token is not None:
-                token = torch.where(ended, end_token, token)
-                ended.logical_or_(token == end_token)
-            newest.copy_(token[:, None])
-            turn.add_(1)
-
-        for n in range(prompt, prompt + max_new_tokens):  # n tokens are known
-            if self.window_start(n) != start:  # the prompt, or the kept half of a full window, in one pass
-                start = self.window_start(n)
-                decoder.advance(-decoder.length)
-                step(text[: 1 if alike and n == prompt else B, start:n])  # samples of one prompt share its pass
-            elif not ids.is_cuda or steps < 2:  # on a GPU two steps as they are: kernels and libraries load
-                step(newest)
-                steps += 1
-            else:
-                if graph is None:  # then one is recorded, not run ...
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.device(ids.device), torch.cuda.graph(graph):
-                        step(newest)
-                    decoder.length -= 1
-                graph.replay()  # ... and repeated: all it reads and writes stays where it is
-                decoder.length += 1
-            text[:, n] = newest[:, 0]
-            yield text[:, n]
-            # Looking at a GPU's result makes the host wait, so there only now and then.
-            if end_token is not None and (not ids.is_cuda or n % 16 == 0) and ended.all():
-                return
-
-    def generate(self, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=None, **how):
-        """ids (B, T) -> (B, T + n), n <= max_new_tokens: the prompt and what `stream` makes of it; same arguments."""
-        stream, n = self.stream(ids, max_new_tokens, temperature, top_k, top_p, seed, **how), ids.size(1)
-        text = torch.cat([ids, ids.new_empty(len(ids), max_new_tokens)], dim=1)
-        for token in stream:
-            text[:, n] = token
-            n += 1
-        return text[:, :n]
+        return self.controller(self.embeddings(ids), salience or self.config.salience)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Files
 
     def save(self, path, **more):
-        """Writes config, weights and whatever `more` holds; under a temporary name first, so never half a file."""
-        save_file({"config": asdict(self.config), "model": self.state_dict(), **more}, path)
+        """Writes config, weights and whatever `more` holds (tensors and plain values). Raises OSError."""
+        content = {"config": asdict(self.config), "model": self.state_dict(), **more}
+        write_file(path, lambda file: torch.save(content, file))
 
     @classmethod
     def load(cls, path):
@@ -469,7 +400,7 @@ class ModulatedLM(nn.Module):
 
     @classmethod
     def from_reference(cls, state_dict, n_head=8, ncn_heads=2, salience="global"):
-        """A checkpoint of the paper authors' own code (names in SPEC: `transformer_layers.0.self_attn.q_proj...`)."""
+        """The model of the paper authors' own state dict (`transformer_layers.0.self_attn.q_proj.weight`, ...)."""
         s = {name.removeprefix("module."): t for name, t in state_dict.items()}
         layers = 1 + max(int(name.split(".")[1]) for name in s if name.startswith("transformer_layers."))
         vocab_size, d = s["token_embeddings.weight"].shape
@@ -496,175 +427,15 @@ class ModulatedLM(nn.Module):
         return model.eval()
 
 
-class Decoder:
+def write_file(path, write):
     """
-    Generation's step: ids (B, T) that follow those it has read -> the last one's logits (B, V), valid until the next
-    step. It computes what ModulatedLM does, but remembers each layer's keys and values and the salience state, in
-    memory taken once.
-
-    A step for one token is bound by the reading of the weights and, on a CPU, by the number of operations, some 5 us
-    each, however small. So there are as few as can be: the weights of norms and the factors of GELU are part of the
-    matrices beside them, and all layers' places in the cache are found at once. A CPU's matrices are cut into parts,
-    one for each core, as a single one would multiply a matrix and a vector, and into more for several rows (8% faster
-    at 16); the head's, the largest, is laid out in the order in which it is read. (2 cores, the paper's head: 0.9 ms,
-    by F.linear 4.2 ms.) A GPU's step asks nothing of the host, and reads all slots of the cache with a mask, so that it
-    is the same work at every position and can be recorded as a CUDA graph.
+    Calls write(file) on a file under a temporary name, then renames it: a crash or a full disk leaves the earlier file
+    as it was. Raises OSError.
     """
-
-    @torch.no_grad()
-    def __init__(self, model, batch, gpu=None):
-        self.model, c, weight = model, model.config, model.embed.weight
-        d, h, device = c.n_embd, c.ncn_heads, weight.device
-        self.gpu = weight.is_cuda if gpu is None else gpu
-        self.cache = weight.new_zeros(c.n_layer, batch, 2 * c.n_head, c.block_size, d // c.n_head)  # keys, then values
-        self.length = 0  # tokens read, on the host ...
-        self.position = torch.zeros((), dtype=torch.long, device=device)  # ... and on the device
-        self.slots = torch.arange(c.block_size, device=device)
-        # x / rms(x) * w is x / sqrt(x . x + d eps) * (sqrt(d) w): the first factor is `unit`, the second the matrix's.
-        self.eps, self.plain = weight.new_full((), (d * 1e-5) ** 0.5), weight.new_full((d,), d**-0.5)
-        scaled = lambda linear, norm, factor=1.0: linear.weight * (norm.weight * (d**0.5 * factor))
-        half = 0.5**0.5  # gelu(x) = (y + y erf y) / sqrt(2) with y = x / sqrt(2)
-        self.parts = 1 if self.gpu else max(2 if batch == 1 else 16, torch.get_num_threads())
-        self.layers = [(self.lay(scaled(b.qkv, b.attn_norm)), self.lay(b.attn_out.weight),
-                        self.lay(scaled(b.ffn_in, b.ffn_norm, half), b.ffn_in.bias * half),
-                        self.lay(b.ffn_out.weight * half, b.ffn_out.bias)) for b in model.blocks]
-        if k := model.controller:
-            self.state = [torch.zeros(batch, *s, device=device) for s in ((h,), (h,), (h, d // h))]  # of the salience
-            value = k.in_proj.weight.chunk(3)[2], k.in_proj.bias.chunk(3)[2]
-            self.pool = self.lay(*(torch.cat(pair) for pair in zip(value, k.folded())))  # value and score at once
-            self.out = self.lay(k.out_proj.weight, k.out_proj.bias)
-            self.layer1 = scaled(k.layer1, k.norm)
-        self.norm, self.head = model.norm.weight * d**0.5, weight
-        if not self.gpu:  # the head as it is read, and a place for its results: part by part, then row by row
-            size = -(-c.vocab_size // (16 * self.parts)) * 16
-            self.head, self.results = weight.new_zeros(self.parts, d, size), weight.new_empty(self.parts, batch, size)
-            self.logits = weight.new_empty(batch, self.parts, size)
-            for i, rows in enumerate(weight.split(size)):
-                self.head[i, :, : len(rows)] = rows.t()
-
-    def lay(self, weight, bias=None):
-        """
-        What product takes: a Linear's weight (out, in), bias (out,) or None, and out; for a CPU the first two in parts,
-        filled up where they do not divide: (parts, out/parts, in), (parts, out/parts, 1).
-        """
-        if self.gpu:
-            return weight, bias, len(weight)
-        split = lambda w: F.pad(w, (0, 0, 0, -len(w) % self.parts)).unflatten(0, (self.parts, -1))
-        several = self.cache.size(1) > 1  # rows: then the other order in memory is the faster one
-        return (split(weight).mT.contiguous().mT if several else split(weight),
-                None if bias is None else split(bias[:, None]), len(weight))
-
-    def product(self, x, linear):
-        """x (rows, in) through what lay returned -> (rows, out)."""
-        weight, bias, out = linear
-        if self.gpu:
-            return F.linear(x, weight, bias)
-        if x.size(0) == 1:
-            x = x.t().expand(self.parts, -1, -1)  # (parts, in, 1)
-            y = torch.bmm(weight, x) if bias is None else torch.baddbmm(bias, weight, x)  # (parts, out/parts, 1)
-            y = y.view(1, -1)
-        else:
-            x, weight = x.expand(self.parts, -1, -1), weight.mT
-            y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.mT, x, weight)  # (parts, rows, out/parts)
-            y = y.transpose(0, 1).flatten(1)
-        return y if y.size(1) == out else y[:, :out]
-
-    def unit(self, x):
-        """x (rows, d) -> x / sqrt(x . x + d eps)."""
-        if self.gpu:
-            return rms_norm(x, self.plain)
-        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.eps)
-
-    def __call__(self, ids, salience, edit=None):
-        """ids may have one row for all of the batch. Only where length is 0 may they be several tokens."""
-        m, c, (B, T), product = self.model, self.model.config, ids.shape, self.product
-        x = (m.embed(ids) + m.position(self.position + self.slots[:T])).view(B * T, -1)
-        signals = x.new_ones(B, T, c.n_layer, 3)
-        if m.controller:
-            signals = self.signals(x, B, T, salience)
-            signals = edit(signals) if edit else signals
-        gain, precision, gate = signals.unbind(-1)  # (B, T, L) each
-        # Eq. 10 and 11 as factors of the two branches.
-        gains, both = (s.reshape(B * T, -1, 1).unbind(1) for s in (gain, gain * gate))  # L x (B * T, 1) each
-        precisions = precision.to(x.dtype)[:, None, :, :, None].unbind(3)  # L x (B, 1, T, 1)
-        mask = (self.slots <= self.position)[None] if self.gpu else None  # (1, slots)
-        end = self.length + T
-        place = self.cache[:, :, :, self.length : end].unbind()  # L x (batch, 2 h, T, d/h)
-        known = self.cache if self.gpu else self.cache[:, :, :, :end]
-        keys, values = (its.unbind() for its in known.chunk(2, dim=2))  # L x (batch, h, slots, d/h) each
-        for i, (qkv, attn_out, ffn_in, ffn_out) in enumerate(self.layers):
-            qkv = product(self.unit(x), qkv).view(B, T, 3 * c.n_head, -1).transpose(1, 2)  # (B, 3 h, T, d/h)
-            q, kv = qkv.narrow(1, 0, c.n_head), qkv.narrow(1, c.n_head, 2 * c.n_head)
-            q = q * precisions[i]  # Eq. 8
-            if self.gpu:
-                write_cache(keys[i], values[i], *kv.expand(len(keys[i]), -1, -1, -1).chunk(2, dim=1), self.position)
-            else:
-                place[i].copy_(kv)
-            if self.length == 0:  # Eq. 9
-                y = F.scaled_dot_product_attention(q, *kv.chunk(2, dim=1), is_causal=True)  # (B, h, T, d/h)
-            else:
-                y = F.scaled_dot_product_attention(q, keys[i], values[i], mask)
-            x = modulate(product(y.transpose(1, 2).reshape(B * T, -1), attn_out), x, gains[i])  # Eq. 10, (B * T, d)
-            y = product(self.unit(x), ffn_in)
-            y = y.addcmul_(y, y.erf())
-            x = modulate(product(y, ffn_out), x, both[i])  # Eq. 11, 12
-        self.advance(T)
-        x = self.unit(x.view(B, T, -1)[:, -1]) * self.norm
-        if self.gpu:
-            return F.linear(x, self.head)
-        y = torch.bmm(x.expand(self.parts, -1, -1), self.head, out=self.results[:, :B])  # (parts, B, V/parts)
-        return self.logits[:B].copy_(y.transpose(0, 1)).flatten(1)[:, : c.vocab_size]
-
-    def signals(self, x, B, T, salience):
-        """The controller, Eq. 1 to 7: x (B * T, d) -> (B, T, L, 3)."""
-        k = self.model.controller
-        pooled, scores = torch.split_with_sizes(self.product(x, self.pool), (x.size(1), k.n_head), 1)
-        if salience == "causal":
-            scores, value = scores.view(B, T, -1).float(), pooled.view(B, T, k.n_head, -1).float()  # (B, T, h, e)
-            if self.length == 0:
-                pooled, last = salience_pool(scores.transpose(1, 2), value.transpose(1, 2))  # (B, h, T, e)
-                pooled = pooled.transpose(1, 2)
-                for kept, new in zip(self.state, last):
-                    kept.copy_(new)
-            else:
-                pooled = salience_step(scores[:, 0], value[:, 0], self.state)  # (B, h, e)
-            pooled = pooled.reshape(B * T, -1).to(x.dtype)
-        u = self.unit(self.product(pooled, self.out) + x)
-        z = k.layer2(F.linear(u, self.layer1, k.layer1.bias).tanh()).view(B, T, -1, 3)
-        signals, _ = actuate(z, deviation=False)
-        return signals if k.all_active else torch.where(k.active, signals, 1.0)
-
-    def advance(self, n):
-        self.length += n
-        self.position += n
-
-
-def sample(logits, chance, temperature, top_k, top_p):
-    """
-    One token per row: logits (B, V), chance (B,) uniform in [0, 1) -> (B,) int64.
-
-    The distribution is sharpened by the temperature, cut to the top_k likeliest tokens, then to the fewest of them
-    that hold top_p of the probability; chance then picks by the inverse of the cumulative distribution.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    likely, token = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), falling
-    p = ((likely - likely[:, :1]) / temperature).softmax(-1)
-    if top_p < 1:
-        p = p * (p.cumsum(-1) - p < top_p)  # the token that reaches top_p still counts, so one always does
-    upto = p.cumsum(-1)
-    choice = torch.searchsorted(upto, chance[:, None] * upto[:, -1:], right=True)
-    # A GPU sums in an order of its own: what has no probability may seem to add some, and must not be drawn.
-    choice = torch.minimum(choice, (p > 0).sum(-1, keepdim=True) - 1)
-    return token.gather(-1, choice).squeeze(-1)
-
-
-def save_file(content, path):
-    """torch.save under a temporary name, then renamed: a crash or a full disk leaves the earlier file as it was."""
     part = f"{path}.part"
     try:
         with open(part, "wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
