@@ -8,14 +8,382 @@ Write text with a trained model, and dose its modulators.
 
 import argparse
 import codecs
+import math
 import os
+import re
 import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
-from ncn import ModulatedLM, SIGNALS, load_file
-from prepare import fail, get_tokenizer
+from kernels import actuate, modulate, rms_norm, write_cache
+from ncn import SIGNALS, ModulatedLM, load_file, salience_pool, salience_step
+from prepare import fail, tokenizer_of
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing a token
+
+
+def draw(logits, uniform, temperature, top_k, top_p):
+    """
+    One token per row: logits (B, V), uniform (B,) in [0, 1) -> (B,) int64.
+
+    The distribution is sharpened by the temperature, cut to the top_k likeliest tokens, then to the fewest of them
+    that hold top_p of the probability; the uniform number then picks by the inverse of the cumulative distribution.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    likely, token = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), falling
+    p = ((likely - likely[:, :1]) / temperature).softmax(-1)
+    if top_p < 1:
+        p = p * (p.cumsum(-1) - p < top_p)  # the token that reaches top_p still counts, so one always does
+    upto = p.cumsum(-1)
+    choice = torch.searchsorted(upto, uniform[:, None] * upto[:, -1:], right=True)
+    # A GPU sums in an order of its own: what has no probability may seem to add some, and must not be drawn.
+    choice = torch.minimum(choice, (p > 0).sum(-1, keepdim=True) - 1)
+    return token.gather(-1, choice).squeeze(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The decoder
+
+
+class Decoder:
+    """
+    ModulatedLM, one more token at a time: keys, values and the salience state are remembered. Naively, the logits of
+    the next token are `model(ids)[:, -1]`, which reads all the text again; a test compares the two at every step.
+
+    A token costs one reading of all weights and, on a CPU, some 5 us per operation, however small. So the steps are
+    those of Controller and Block with as few operations as can be. What differs, and what each is worth on 2 CPU cores
+    at the paper's sizes (a step without it takes so much longer):
+    - a norm's weight is part of the matrix behind it (12%), and so are the factors of GELU (6%);
+    - a CPU's matrices lie in parts, input by output: as products with one vector they would use one core (40%), the
+      head would be read against its order (120%).
+    A GPU's step never waits for the host and reads all slots of the cache with a mask: the same work at every position,
+    so that it can be captured as a CUDA graph. Raises NotImplementedError for weights that it does not know.
+    """
+
+    KNOWN = set("""embed.weight position.weight norm.weight controller.query controller.in_proj.weight
+        controller.in_proj.bias controller.out_proj.weight controller.out_proj.bias controller.norm.weight
+        controller.layer1.weight controller.layer1.bias controller.layer2.weight controller.layer2.bias
+        blocks.attn_norm.weight blocks.qkv.weight blocks.attn_out.weight blocks.ffn_norm.weight blocks.ffn_in.weight
+        blocks.ffn_in.bias blocks.ffn_out.weight blocks.ffn_out.bias""".split())
+
+    @torch.no_grad()
+    def __init__(self, model, batch, gpu=None):
+        c, weight, controller = model.config, model.embed.weight, model.controller
+        d, h, device = c.n_embd, c.ncn_heads, weight.device
+        if unknown := {re.sub(r"\.\d+\.", ".", name) for name, _ in model.named_parameters()} - self.KNOWN:
+            raise NotImplementedError(f"sample.py's Decoder does not know {min(unknown)}: add its step there, too")
+        self.model, self.gpu = model, weight.is_cuda if gpu is None else gpu
+        self.dtype = weight.dtype if self.gpu else torch.float32  # a CPU is as fast in fp32, and more exact
+        self.length = 0  # tokens read, on the host ...
+        self.position = torch.zeros((), dtype=torch.long, device=device)  # ... and on the device
+        self.slots = torch.arange(c.block_size, device=device)
+        self.cache = weight.new_zeros(c.n_layer, batch, 2 * c.n_head, c.block_size, d // c.n_head, dtype=self.dtype)
+        self.state = [torch.zeros(batch, *s, device=device) for s in ((h,), (h,), (h, d // h))]  # see salience_pool
+        # x / rms(x) * w is x / sqrt(x . x + d eps) * (sqrt(d) w): the first factor is normalize's, the second folded.
+        self.eps, self.ones = torch.tensor((d * 1e-5) ** 0.5), weight.new_full((d,), d**-0.5)
+        self.parts = 1 if self.gpu else max(16, torch.get_num_threads())
+        half = 1.0 if self.gpu else 0.5**0.5  # gelu(x) = (y + y erf(y)) / sqrt(2) with y = x / sqrt(2)
+
+        def fold(linear, norm):
+            return linear.weight.to(self.dtype) * (norm.weight * d**0.5)
+
+        self.blocks = [(self.pack(fold(b.qkv, b.attn_norm)), self.pack(b.attn_out.weight),
+                        self.pack(fold(b.ffn_in, b.ffn_norm) * half, b.ffn_in.bias * half),
+                        self.pack(b.ffn_out.weight * half, b.ffn_out.bias)) for b in model.blocks]
+        self.norm, self.head = model.norm.weight.to(self.dtype) * d**0.5, self.pack(weight)
+        if controller:
+            self.folded = controller.folded()
+            self.value = self.pack(controller.in_proj.weight.chunk(3)[2], controller.in_proj.bias.chunk(3)[2])
+            self.out_proj = self.pack(controller.out_proj.weight, controller.out_proj.bias)
+            self.layer1 = fold(controller.layer1, controller.norm), controller.layer1.bias.to(self.dtype)
+            self.layer2 = [p.to(self.dtype) for p in controller.layer2.parameters()]
+
+    def pack(self, weight, bias=None):
+        """
+        What linear takes of a weight (out, in) and a bias (out,). On a CPU (parts, in, n) and (parts, 1, n), with n a
+        multiple of 16 and out = parts * n, filled up with zeros.
+        """
+        if self.gpu:
+            return weight, bias, len(weight)
+        n = -(-len(weight) // (16 * self.parts)) * 16
+        parts = -(-len(weight) // n)
+        packed = torch.zeros(parts, weight.size(1), n)
+        for part, rows in zip(packed, weight.split(n), strict=True):
+            part[:, : len(rows)] = rows.t()
+        pad = parts * n - len(weight)
+        return packed, None if bias is None else F.pad(bias.float(), (0, pad)).view(parts, 1, n), len(weight)
+
+    def linear(self, x, packed):
+        """x (rows, in), packed by pack -> (rows, out)."""
+        weight, bias, out = packed
+        if self.gpu:
+            return F.linear(x, weight, bias)
+        x = x.expand(len(weight), -1, -1)  # (parts, rows, in)
+        y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)  # (parts, rows, out/parts)
+        y = y.transpose(0, 1).flatten(1)
+        return y if y.size(1) == out else y[:, :out]
+
+    def normalize(self, x):
+        """x (rows, d) -> x / sqrt(x . x + d eps), which is RMSNorm but for the weight that pack has folded in."""
+        if self.gpu:
+            return rms_norm(x, self.ones)
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.eps)
+
+    def compute_signals(self, x, salience):
+        """Controller.forward: x (B, T, d) -> (B, T, L, 3), float32. T > 1 only where nothing was read before."""
+        (B, T, d), k, flat = x.shape, self.model.controller, x.flatten(0, 1)
+        u = torch.zeros_like(flat)
+        if salience != "constant":
+            value = self.linear(flat, self.value)  # (B * T, d)
+            if salience == "causal":
+                scores = F.linear(x.float(), self.folded)  # (B, T, h)
+                value = value.view(B, T, k.ncn_heads, -1).float()  # (B, T, h, e)
+                if self.length == 0:
+                    pooled, state = salience_pool(scores.transpose(1, 2), value.transpose(1, 2))  # (B, h, T, e)
+                    value = pooled.transpose(1, 2)
+                    for old, new in zip(self.state, state, strict=True):
+                        old.copy_(new)
+                else:
+                    value = salience_step(scores[:, 0], value[:, 0], self.state)  # (B, h, e)
+                value = value.reshape(B * T, d).to(x.dtype)
+            u = self.linear(value, self.out_proj) + flat  # Eq. 1, 2
+        z = F.linear(torch.tanh(F.linear(self.normalize(u), *self.layer1)), *self.layer2)  # Eq. 3
+        signals = actuate(z.view(B, T, k.n_layer, 3))  # Eq. 4 to 7
+        return signals if k.all_active else torch.where(k.active, signals, 1.0)
+
+    def step(self, ids, salience, edit=None):
+        """
+        Reads ids (B, T), which follow those read before, and returns the last one's logits (B, V). T > 1 only as the
+        first step after rewind; ids may then have one row for all of the batch.
+        """
+        model, c, (B, T) = self.model, self.model.config, ids.shape
+        x = (model.embed(ids) + model.position(self.position + self.slots[:T])).to(self.dtype)  # (B, T, d)
+        signals = torch.ones(B, T, c.n_layer, 3, device=x.device)
+        if model.controller:
+            signals = self.compute_signals(x, salience)
+            signals = edit(signals) if edit else signals
+        x = x.view(B * T, -1)
+        # The layers' signals and places in the cache, found at once: a few operations instead of a few per layer.
+        gain, precision, gate = signals.unbind(-1)  # (B, T, L) each
+        gain, gain_gate = (s.reshape(B * T, -1, 1).unbind(1) for s in (gain, gain * gate))  # L x (B * T, 1) each
+        precision = precision.to(x.dtype)[:, None, :, :, None].unbind(3)  # L x (B, 1, T, 1)
+        end = self.length + T
+        new = self.cache[:, :, :, self.length : end].unbind()  # L x (batch, 2 h, T, e)
+        seen = self.cache if self.gpu else self.cache[:, :, :, :end]
+        keys, values = (s.unbind() for s in seen.chunk(2, dim=2))  # L x (batch, h, slots, e) each
+        mask = (self.slots <= self.position)[None] if self.gpu else None  # (1, slots)
+        for i, (qkv, attn_out, ffn_in, ffn_out) in enumerate(self.blocks):
+            # Block.attention
+            qkv = self.linear(self.normalize(x), qkv).view(B, T, 3 * c.n_head, -1).transpose(1, 2)  # (B, 3 h, T, e)
+            q, kv = qkv.split((c.n_head, 2 * c.n_head), dim=1)
+            q = q * precision[i]  # Eq. 8
+            if self.gpu:
+                write_cache(keys[i], values[i], *kv.expand(len(keys[i]), -1, -1, -1).chunk(2, dim=1), self.position)
+            else:
+                new[i].copy_(kv)
+            if self.length == 0:  # Eq. 9
+                y = F.scaled_dot_product_attention(q, *kv.chunk(2, dim=1), is_causal=True)  # (B, h, T, e)
+            else:
+                y = F.scaled_dot_product_attention(q, keys[i], values[i], mask)
+            x = modulate(self.linear(y.transpose(1, 2).reshape(B * T, -1), attn_out), x, gain[i])  # Eq. 10
+            # Block.ffn
+            y = self.linear(self.normalize(x), ffn_in)
+            y = F.gelu(y) if self.gpu else y.addcmul_(y, y.erf())
+            x = modulate(self.linear(y, ffn_out), x, gain_gate[i])  # Eq. 11, 12
+        self.advance(T)
+        return self.linear(self.normalize(x.view(B, T, -1)[:, -1]) * self.norm, self.head)
+
+    def advance(self, n):
+        self.length += n
+        self.position += n
+
+    def rewind(self):
+        """Forgets all it has read."""
+        self.advance(-self.length)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stream
+
+
+def window_start(n, block_size):
+    """
+    First of n tokens that the context still holds. When the window is full its last half is kept, at positions from 0
+    on, and it fills again; so the start moves once per half window, not once per token.
+    """
+    stride = block_size - block_size // 2
+    return max(0, -(-(n - block_size) // stride)) * stride
+
+
+def salience_of(config, asked=None):
+    """The mode to generate in: as asked, else as trained, and causal where that was global. Raises ValueError."""
+    salience = asked or ("causal" if config.salience == "global" else config.salience)
+    if salience not in ("causal", "reactive", "constant"):
+        raise ValueError(f"cannot generate with salience '{salience}': choose causal or reactive")
+    return salience
+
+
+def stream(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=None, salience=None, edit=None,
+           end_token=None):
+    """
+    Yields the next token of each row, (B,) int64, up to max_new_tokens times; prompt ids (B, T) int64, T >= 1.
+
+    temperature 0 is greedy; top_k 0 keeps every token. Row r of seed s draws the same numbers whatever the batch;
+    without a seed one is drawn from torch's generator. A row that has drawn end_token goes on yielding it; when all
+    have, the stream ends (on a GPU up to 15 tokens later). A model trained with `global` salience generates with
+    `causal`: the prefix is all there is. edit changes the signals (B, T, L, 3) before use; on a GPU it is captured in a
+    CUDA graph: tensor operations only, no .item(). Raises ValueError, NotImplementedError.
+    """
+    c = model.config
+    if ids.dim() != 2 or ids.size(1) == 0:
+        raise ValueError("the prompt has no tokens")
+    if ids.min() < 0 or ids.max() >= c.vocab_size:
+        raise ValueError(f"the prompt has a token id outside the vocabulary of {c.vocab_size}")
+    if not (0 <= temperature < math.inf):
+        raise ValueError(f"temperature is {temperature}, it must be 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, it must be in (0, 1]")
+    if top_k < 0 or max_new_tokens < 0:
+        raise ValueError(f"top_k ({top_k}) and max_new_tokens ({max_new_tokens}) must be 0 or more")
+    salience = salience_of(c, salience)
+    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    return _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salience, edit, end_token)
+
+
+@torch.inference_mode()
+def _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salience, edit, end_token):
+    B, prompt = ids.shape
+    uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed + row))
+                           for row in range(B)], dim=1).to(ids.device)  # (max_new_tokens, B)
+    text = torch.cat([ids, ids.new_empty(B, max_new_tokens)], dim=1)
+    last_token, step_index = ids[:, -1:].clone(), ids.new_zeros(1)  # on the device, where a captured step finds them
+    ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
+    shared_prompt = bool((ids == ids[0]).all())
+    decoder, start, graph, warm_ups = Decoder(model, B), -1, None, 2
+
+    def step(new):
+        """Reads the tokens new (B, T), draws the next one: everything that happens per token."""
+        logits = decoder.step(new, salience, edit).expand(B, -1)
+        token = draw(logits, uniform.index_select(0, step_index)[0], temperature, top_k, top_p)
+        if end_token is not None:
+            token = torch.where(ended, end_token, token)
+            ended.logical_or_(token == end_token)
+        last_token.copy_(token[:, None])
+        step_index.add_(1)
+
+    def captured_step():
+        """The same on a GPU: recorded once, then replayed, since all that it reads and writes stays where it is."""
+        nonlocal graph
+        if graph is None:
+            graph, length = torch.cuda.CUDAGraph(), decoder.length
+            with torch.cuda.device(ids.device), torch.cuda.graph(graph):
+                step(last_token)
+            decoder.length = length  # recording moves the host's count, not the device's
+        graph.replay()
+        decoder.length += 1
+
+    for n in range(prompt, prompt + max_new_tokens):  # n tokens are known
+        if window_start(n, model.config.block_size) != start:  # the prompt, or the kept half of a full window, at once
+            start = window_start(n, model.config.block_size)
+            decoder.rewind()
+            step(text[: 1 if shared_prompt and n == prompt else B, start:n])  # samples of one prompt share its pass
+        elif not ids.is_cuda or warm_ups:  # on a GPU two steps as they are: kernels and libraries load
+            step(last_token)
+            warm_ups -= ids.is_cuda
+        else:
+            captured_step()
+        text[:, n] = last_token[:, 0]
+        yield text[:, n]
+        # Looking at a GPU's result makes the host wait, so there only now and then.
+        if end_token is not None and (not ids.is_cuda or n % 16 == 0) and ended.all():
+            return
+
+
+def generate(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=None, **how):
+    """ids (B, T) -> (B, T + n), n <= max_new_tokens: the prompt and what `stream` makes of it; same arguments."""
+    new = list(stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, **how))
+    return torch.cat([ids, *(token[:, None] for token in new)], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+class Row:
+    """One sample: its tokens become text as they come, whole characters only, up to the end of the story."""
+
+    def __init__(self, tokenizer, prompt):
+        self.tokenizer, self.text, self.tokens, self.ended = tokenizer, prompt, [], False
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token):
+        """Takes in a token; returns the text it adds."""
+        if self.ended:
+            return ""
+        self.tokens.append(token)
+        self.ended = token == self.tokenizer.eot_token
+        new = "" if self.ended else self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
+        self.text += new
+        return new
+
+
+def write(tokens, rows):
+    """The samples to standard output, one after the other, the first unfinished one word by word as it is made."""
+    current, shown = 0, 0
+    for step in tokens:
+        for row, token in zip(rows, step.tolist(), strict=True):
+            row.add(token)
+        while True:
+            new = rows[current].text[shown:]
+            shown += len(new)
+            print(new, end="", flush=any(map(str.isspace, new)))
+            if not rows[current].ended or current == len(rows) - 1:
+                break
+            current, shown = current + 1, 0
+            print("\n---")
+    print(rows[current].text[shown:] + "".join(f"\n---\n{row.text}" for row in rows[current + 1 :]))
+
+
+RAMP = 17, 24, 60, 102, 144, 185, 227  # of a terminal's 256 colours: dark blue, grey, yellow (no red beside green)
+
+
+def paint(text, level):
+    """The text on the background of level 0 to 1; the colour ends before a line does, or it would fill the line."""
+    step = min(int(level * len(RAMP)), len(RAMP) - 1)
+    on, off = f"\x1b[48;5;{RAMP[step]};38;5;{15 if step < 4 else 16}m", "\x1b[0m"
+    return on + text.replace("\n", f"{off}\n{on}") + off
+
+
+def read_again(model, ids, salience):
+    """The signals with which generation has read the text ids (1, T), window by window -> (T, L, 3)."""
+    size = model.config.block_size
+    signals = model.signals(ids[:, :size], salience)[0]
+    while len(signals) < ids.size(1):
+        start = window_start(len(signals) + 1, size)
+        more = model.signals(ids[:, start : start + size], salience)[0, len(signals) - start :]
+        signals = torch.cat([signals, more])
+    return signals
+
+
+def write_trace(model, rows, salience, dose, signal, layer):
+    """The finished samples, each token coloured by the controller's signal when it was read."""
+    values = []
+    for row in rows:
+        ids = torch.tensor([[row.tokenizer.eot_token, *row.tokens]], device=dose.device)
+        its = (read_again(model, ids, salience) * dose)[1:, :, SIGNALS.index(signal)]  # (T, L)
+        values.append((its.mean(-1) if layer is None else its[:, layer]).tolist())
+    low, high = min(map(min, values)), max(map(max, values))
+    print(f"{signal}, {'mean of the layers' if layer is None else f'layer {layer}'}: {low:.3f} "
+          + "".join(paint("  ", i / len(RAMP)) for i in range(len(RAMP))) + f" {high:.3f} (neutral: 1)\n")
+    for i, (row, its) in enumerate(zip(rows, values, strict=True)):
+        again = Row(row.tokenizer, "")
+        print("\n---\n" * (i > 0) + "".join(paint(again.add(token), (value - low) / (high - low or 1))
+                                            for token, value in zip(row.tokens, its, strict=True)), end="")
+    print()
 
 
 def arguments():
@@ -33,91 +401,13 @@ def arguments():
     add("--salience", choices=("causal", "reactive"),
         help="what the controller sees: the text so far, or one token (the paper's cached inference); by default as "
              "trained, and causal where that was global")
-    for name, effect in zip(SIGNALS, ("how strongly layers write", "how sharply they attend", "how much FFNs add")):
+    effects = "how strongly layers write", "how sharply they attend", "how much FFNs add"
+    for name, effect in zip(SIGNALS, effects, strict=True):
         add(f"--{name}", type=float, default=1.0, help=f"multiply the {name} of every layer: {effect}" + default)
     add("--trace", choices=SIGNALS, help="colour each token by this signal, once the text is complete; in a terminal "
                                          "with colours only")
     add("--layer", type=int, help="the layer that --trace shows, from 0 (default: the mean of all)")
     return parser.parse_args()
-
-
-class Row:
-    """One sample: its tokens become text as they come, whole characters only, up to the end of the story."""
-
-    def __init__(self, tokenizer, prompt):
-        self.tokenizer, self.text, self.count, self.ended = tokenizer, prompt, 0, False
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, token):
-        """Takes in a token; returns the text it adds."""
-        self.count += not self.ended
-        self.ended |= token == self.tokenizer.eot_token
-        new = "" if self.ended else self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
-        self.text += new
-        return new
-
-
-def write(stream, rows):
-    """The samples to standard output, one after the other, the first unfinished one word by word as it is made."""
-    start, current, shown = time.perf_counter(), 0, 0
-    for tokens in stream:
-        for row, token in zip(rows, tokens.tolist()):
-            row.add(token)
-        while True:
-            new = rows[current].text[shown:]
-            shown += len(new)
-            print(new, end="", flush=any(map(str.isspace, new)))
-            if not rows[current].ended or current == len(rows) - 1:
-                break
-            current, shown = current + 1, 0
-            print("\n---")
-    print(rows[current].text[shown:] + "".join(f"\n---\n{row.text}" for row in rows[current + 1 :]))
-    report(rows, start)
-
-
-def report(rows, start):
-    spent, count = time.perf_counter() - start, sum(row.count for row in rows)
-    print(f"{count} tokens in {spent:.2f} s: {count / spent:.0f} tokens/s", file=sys.stderr)
-
-
-RAMP = 17, 24, 60, 102, 144, 185, 227  # of a terminal's 256 colours: dark blue, grey, yellow (no red beside green)
-
-
-def paint(text, level):
-    """The text on the background of level 0 to 1; the colour ends before a line does, or it would fill the line."""
-    step = min(int(level * len(RAMP)), len(RAMP) - 1)
-    on, off = f"\x1b[48;5;{RAMP[step]};38;5;{15 if step < 4 else 16}m", "\x1b[0m"
-    return on + text.replace("\n", f"{off}\n{on}") + off
-
-
-def write_trace(stream, rows, prompt, read, signal, layer):
-    """
-    The samples, each token coloured by the controller's signal when it was read. prompt: its tokens; read: list to
-    which the stream's edit appends the signals of the prompt (T, L, 3), before a tensor (B, L, 3) that then holds those
-    of the newest token. A token is read when the next one is drawn: the stream draws one more than is shown.
-    """
-    def value(signals):  # (..., L, 3) -> (...)
-        signals = signals[..., SIGNALS.index(signal)]
-        return (signals.mean(-1) if layer is None else signals[..., layer]).tolist()
-
-    start, values = time.perf_counter(), [[] for _ in rows]
-    texts = [[row.add(token) for token in prompt] for row in rows]
-    for row in rows:
-        row.count = 0
-    for tokens in stream:
-        for i, (token, newest) in enumerate(zip(tokens.tolist(), value(read[-1]))):
-            if not rows[i].ended:
-                values[i].append(newest)
-                texts[i].append(rows[i].add(token))
-    values = [value(read[0][1:-1]) + its for its in values]  # without the mark before the prompt; the last came above
-    for row in rows:
-        row.count -= not row.ended  # the one that is not shown
-    low, high = min(map(min, values)), max(map(max, values))
-    level = lambda x: (x - low) / (high - low or 1)
-    print(f"{signal}, {'mean of the layers' if layer is None else f'layer {layer}'}: {low:.3f} "
-          + "".join(paint("  ", i / len(RAMP)) for i in range(len(RAMP))) + f" {high:.3f} (neutral: 1)\n")
-    print("\n---\n".join("".join(map(paint, its, map(level, numbers))) for its, numbers in zip(texts, values)))
-    report(rows, start)
 
 
 def main():
@@ -127,45 +417,41 @@ def main():
         if args.num_samples < 1:
             raise ValueError(f"--num_samples is {args.num_samples}, it must be at least 1")
         doses = [getattr(args, name) for name in SIGNALS]
-        if not all(0 <= dose < float("inf") for dose in doses):
+        if not all(0 <= dose < math.inf for dose in doses):
             raise ValueError("--gain, --precision and --gate must be 0 or more")
         ckpt = load_file(args.ckpt)
         model = ModulatedLM.from_checkpoint(ckpt, args.ckpt)
-        tokenizer = get_tokenizer(ckpt.get("tokenizer", "gpt2"), ckpt.get("kept"))
+        tokenizer = tokenizer_of(ckpt.get("data", {"tokenizer": "gpt2"}))  # the authors' is GPT-2's
         if (doses != [1, 1, 1] or args.trace) and not model.controller:
             raise ValueError(f"{args.ckpt} has no controller to dose or to trace: it was trained with --signals none")
-        if args.max_new_tokens < 0:
-            raise ValueError(f"--max_new_tokens is {args.max_new_tokens}, it must be 0 or more")
         if args.layer is not None and not 0 <= args.layer < model.config.n_layer:
             raise ValueError(f"--layer is {args.layer}, the model has layers 0 to {model.config.n_layer - 1}")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.to(device)
         if not args.prompt:
             raise ValueError("the prompt has no tokens: give the text some beginning")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model.to(device)
+        salience, dose = salience_of(model.config, args.salience), torch.tensor(doses, device=device)
         # In training every story follows the end of another one: the same mark says here that a story begins.
         prompt = tokenizer.encode_ordinary(args.prompt)
-        if args.trace and len(prompt) >= model.config.block_size:
-            raise ValueError(f"--trace takes a prompt of up to {model.config.block_size - 1} tokens, not {len(prompt)}")
-        ids = torch.tensor([[tokenizer.eot_token, *prompt]] * args.num_samples, dtype=torch.long, device=device)
-        dose, read = torch.tensor(doses, device=device), []
-
-        def edit(signals):  # (B, T, L, 3); on a GPU run once and recorded, so nothing here may ask the host
-            signals = signals * dose
-            if trace and not read:
-                read.extend([signals[0], signals[:, -1].expand(args.num_samples, -1, -1).clone()])
-            elif trace:
-                read[1].copy_(signals[:, -1])
-            return signals
-
-        trace = args.trace and sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ
-        stream = model.stream(ids, args.max_new_tokens + bool(trace), args.temperature, args.top_k, args.top_p,
-                              args.seed, args.salience, edit, tokenizer.eot_token)
-        if trace:
+        ids = torch.tensor([[tokenizer.eot_token, *prompt]] * args.num_samples, device=device)
+        start = time.perf_counter()
+        tokens = stream(model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, salience,
+                        lambda signals: signals * dose, tokenizer.eot_token)
+        if args.trace and sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ:
             os.system("")  # lets an older Windows console understand colours
-            write_trace(stream, [Row(tokenizer, "") for _ in ids], prompt, read, args.trace, args.layer)
+            rows, tokens = [Row(tokenizer, "") for _ in ids], list(tokens)
+            for step in [*ids.t()[1:], *tokens]:
+                for row, token in zip(rows, step.tolist(), strict=True):
+                    row.add(token)
+            write_trace(model, rows, salience, dose, args.trace, args.layer)
+            count = sum(len(row.tokens) - len(prompt) for row in rows)
         else:
-            write(stream, [Row(tokenizer, args.prompt) for _ in ids])
-    except (ValueError, OSError) as error:
+            rows = [Row(tokenizer, args.prompt) for _ in ids]
+            write(tokens, rows)
+            count = sum(len(row.tokens) for row in rows)
+        spent = time.perf_counter() - start
+        print(f"{count} tokens in {spent:.2f} s: {count / spent:.0f} tokens/s", file=sys.stderr)
+    except (ValueError, OSError, NotImplementedError) as error:
         return fail(error)
     except KeyboardInterrupt:
         return 130
