@@ -430,11 +430,6 @@ def new_files(paths):
                 os.unlink(f"{path}.tmp")
 
 
-def write_file(path, write):
-    with new_files([path]) as files:
-        write(*files)
-
-
 def encode(tokenizer, stories, pool):
     """The tokens (uint16) of `stories`, each with its END, made on all cores. A story itself holds no END."""
     step = math.ceil(len(stories) / os.cpu_count()) or 1

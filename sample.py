@@ -122,9 +122,9 @@ class Decoder:
         weight, bias, out = packed
         if self.gpu:
             return F.linear(x, weight, bias)
-        x = x.expand(len(weight), -1, -1)  # (parts, rows, in)
-        y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)  # (parts, rows, out/parts)
-        y = y.transpose(0, 1).flatten(1)
+        rows, x = len(x), x.expand(len(weight), -1, -1)  # (parts, rows, in)
+        y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)  # (parts, rows, n)
+        y = y.view(1, -1) if rows == 1 else y.transpose(0, 1).flatten(1)
         return y if y.size(1) == out else y[:, :out]
 
     def normalize(self, x):
@@ -179,7 +179,7 @@ class Decoder:
         for i, (qkv, attn_out, ffn_in, ffn_out) in enumerate(self.blocks):
             # Block.attention
             qkv = self.linear(self.normalize(x), qkv).view(B, T, 3 * c.n_head, -1).transpose(1, 2)  # (B, 3 h, T, e)
-            q, kv = qkv.split((c.n_head, 2 * c.n_head), dim=1)
+            q, kv = qkv.narrow(1, 0, c.n_head), qkv.narrow(1, c.n_head, 2 * c.n_head)
             q = q * precision[i]  # Eq. 8
             if self.gpu:
                 write_cache(keys[i], values[i], *kv.expand(len(keys[i]), -1, -1, -1).chunk(2, dim=1), self.position)

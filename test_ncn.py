@@ -71,10 +71,7 @@ def tokens(*shape, seed=0, vocab_size=61):
 # Kernels: g++ compiles the very same kernels.cu for the CPU behind a shim that runs one real thread per CUDA thread,
 # and the launcher cpu_threads() takes the place of the GPU's.
 
-# ---- CUDA on CPU threads.
-
 SHIM = r"""
-#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdio>
@@ -94,38 +91,33 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 thread_local dim threadIdx, blockIdx;
 dim blockDim, gridDim;
 
-std::unique_ptr<std::barrier<>> of_block;
-std::vector<std::unique_ptr<std::barrier<>>> of_warp_lanes;
+unsigned removed;                  // the line of a barrier to leave out
+std::unique_ptr<std::barrier<>> of_block, of_warp[64];
 float lanes[64][32];
 
-const int removed = getenv("NCN_REMOVED_BARRIER") ? atoi(getenv("NCN_REMOVED_BARRIER")) : -1;
-inline void __syncthreads(int which = -2) { if (which != removed) of_block->arrive_and_wait(); }
+#define __syncthreads() if (__LINE__ != removed) of_block->arrive_and_wait()
 inline float __shfl_xor_sync(unsigned, float v, int other) {
     unsigned thread = threadIdx.y * blockDim.x + threadIdx.x, warp = thread / 32, lane = thread % 32;
     lanes[warp][lane] = v;
-    of_warp_lanes[warp]->arrive_and_wait();
+    of_warp[warp]->arrive_and_wait();
     v = lanes[warp][lane ^ other];
-    of_warp_lanes[warp]->arrive_and_wait();
+    of_warp[warp]->arrive_and_wait();
     return v;
 }
 inline float __int_as_float(int i) { float x; memcpy(&x, &i, 4); return x; }
 inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
 inline float __expf(float x) { return expf(x); }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
-inline float half_to_float(unsigned short h) {
-    int e = h >> 10 & 31, m = h & 1023;
-    float x = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(1024 + m, e - 25) : ldexpf(m, -24);
-    return h >> 15 ? -x : x;
+inline float half_to_float(unsigned short h) {   // its exponent's bias is 112 less than a float's
+    float x = __int_as_float((h & 0x7fff) << 13) * 0x1p112f;
+    return copysignf(x < 65536 ? x : h & 1023 ? NAN : INFINITY, h >> 15 ? -1 : 1);
 }
-inline unsigned short float_to_half(float x) {   // nearbyint rounds to nearest, ties to even
+inline unsigned short float_to_half(float x) {   // to nearest, ties to even
     unsigned short sign = __float_as_int(x) < 0 ? 0x8000 : 0;
-    float a = fabsf(x);
-    if (a != a) return 0x7fff;
-    if (a >= 65520) return sign | 0x7c00;
-    int e = -13;                                 // a = steps * 2^(e - 11); below 2^-14 the steps stay the same
-    if (a >= 0x1p-14f) frexpf(a, &e);
-    int steps = nearbyintf(ldexpf(a, 11 - e));
-    return sign | (steps + ((e + 13) << 10));    // a step count of 2048 carries into the exponent by itself
+    int i = __float_as_int(fabsf(x));
+    if (!(fabsf(x) < 65520)) return x != x ? 0x7fff : sign | 0x7c00;
+    if (fabsf(x) < 0x1p-14f) return sign | (int)nearbyintf(fabsf(x) * 0x1p24f);
+    return sign | (i + 0xfff + (i >> 13 & 1) - (112 << 23)) >> 13;
 }
 
 #include "kernels.cu"
@@ -137,68 +129,60 @@ template <class... A> std::function<void(u64*)> kernel(void (*f)(A...)) {
 }
 std::function<void(u64*)> table[] = {KERNELS};
 
-// The file holds: which kernel, grid, block, number of words, the words, number of memory blocks, number of pointers;
-// per memory block its size; per pointer its word and its memory block (the word then holds the offset in it); the
-// memory. Memory is allocated to the byte, so that the address sanitizer sees every step beyond, and written back.
-int main(int, char** argv) {
-    FILE* file = fopen(argv[1], "r+b");
-    auto number = [&] { u64 n; if (fread(&n, 8, 1, file) != 1) exit(3); return n; };
-    u64 which = number();
-    gridDim.x = number(), gridDim.y = number(), blockDim.x = number(), blockDim.y = number();
-    std::vector<u64> words(number());
-    for (u64& w : words) w = number();
-    std::vector<u64> sizes(number()), pointers(2 * number());
-    for (u64& s : sizes) s = number();
-    for (u64& p : pointers) p = number();
-    long start = ftell(file);
-    std::vector<char*> memory;
-    for (u64 s : sizes) {
-        memory.push_back((char*)malloc(s));
-        if (fread(memory.back(), 1, s, file) != s) exit(3);
-    }
-    for (u64 p = 0; p < pointers.size(); p += 2) words[pointers[p]] += (u64)memory[pointers[p + 1]];
+std::vector<u64> numbers() {
+    auto number = [] { u64 n; return fread(&n, 8, 1, stdin) == 1 ? n : (exit(3), 0); };
+    std::vector<u64> all(number());
+    for (u64& n : all) n = number();
+    return all;
+}
 
+// In: kernel, removed barrier, grid, block; the arguments' words; address and size of each piece of memory; the pieces.
+// Out: the pieces. They are allocated to the byte, so that the address sanitizer sees every step beyond.
+int main() {
+    std::vector<u64> head = numbers(), words = numbers(), pieces = numbers(), moved = words;
+    removed = head[1], gridDim.x = head[2], gridDim.y = head[3], blockDim.x = head[4], blockDim.y = head[5];
+    std::vector<std::unique_ptr<char[]>> memory;
+    for (size_t p = 0; p < pieces.size(); p += 2) {
+        char* piece = memory.emplace_back(new char[pieces[p + 1]]).get();
+        if (fread(piece, 1, pieces[p + 1], stdin) != pieces[p + 1]) exit(3);
+        for (size_t w = 0; w < words.size(); w++)
+            if (words[w] - pieces[p] < pieces[p + 1]) moved[w] += (u64)piece - pieces[p];
+    }
     unsigned threads = blockDim.x * blockDim.y;
     of_block = std::make_unique<std::barrier<>>(threads);
-    for (unsigned w = 0; w < threads; w += 32) of_warp_lanes.push_back(std::make_unique<std::barrier<>>(32));
+    for (unsigned w = 0; w < threads / 32; w++) of_warp[w] = std::make_unique<std::barrier<>>(32);
     std::vector<std::jthread> running;
     for (unsigned t = 0; t < threads; t++) running.emplace_back([&, t] {
         threadIdx = {t % blockDim.x, t / blockDim.x};
         for (u64 b = 0; b < (u64)gridDim.x * gridDim.y; b++) {
             blockIdx = {unsigned(b % gridDim.x), unsigned(b / gridDim.x)};
-            table[which](words.data());
-            __syncthreads();   // the next block takes over the shared memory
+            table[head[0]](moved.data());
+            of_block->arrive_and_wait();   // the next block takes over the shared memory
         }
     });
     running.clear();   // joins
-    fseek(file, start, SEEK_SET);
-    for (size_t m = 0; m < memory.size(); m++) fwrite(memory[m], 1, sizes[m], file), free(memory[m]);
-    return fclose(file);
+    for (size_t m = 0; m < memory.size(); m++) fwrite(memory[m].get(), 1, pieces[2 * m + 1], stdout);
 }
 """
 
-
-CPU = torch.device("cpu")
-GPU = torch.device("cuda", 0)
-INSTANCES = {"": [n for t in kernels._TYPES.values() for n in kernels._instances(t)],  # by sanitizer
-             "thread": kernels._instances("bf16"), "address": kernels._instances("bf16")}
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+BF16 = [name for name in kernels._INSTANCES if "bf16" in name]  # every path of the templates: vectors, scalar loads
+INSTANCES = {"": kernels._INSTANCES, "thread": BF16, "address": BF16}  # by sanitizer
 
 
 @functools.cache
 def shim_builds():
-    """kernels.cu for CPU threads, plain and under each sanitizer; all three compilers run at once -> the folder of the
-    programs, and sanitizer -> program."""
+    """kernels.cu for CPU threads, plain and under each sanitizer -> their folder, and sanitizer -> program."""
     if not shutil.which("g++"):
         pytest.skip("no g++: kernels.cu cannot be run on the CPU")
-    folder, builds, count = tempfile.TemporaryDirectory(prefix="ncn_kernels_"), {}, iter(range(99))
-    source = re.sub(r"__syncthreads\(\)", lambda _: f"__syncthreads({next(count)})", kernels._SOURCE.read_text())
-    Path(folder.name, "kernels.cu").write_text(source)
-    for sanitizer, names in INSTANCES.items():
-        program = Path(folder.name, f"run_{sanitizer}")
-        text = SHIM.replace("KERNELS", ", ".join(f"kernel({n})" for n in names))
-        program.with_suffix(".cpp").write_text(text)
+    folder, builds = tempfile.TemporaryDirectory(prefix="ncn_kernels_"), {}
+    shim = Path(folder.name, "shim.cpp")
+    shim.write_text(SHIM)
+    for sanitizer, names in INSTANCES.items():  # all compilers at once
+        program = shim.with_name(f"run_{sanitizer}")
         command = ["g++", "-std=c++20", "-O1", "-g1", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
-                   "-fno-strict-aliasing", "-o", program, program.with_suffix(".cpp")]
+                   "-fno-strict-aliasing", f"-DKERNELS={', '.join(f'kernel({n})' for n in names)}", "-o", program, shim,
+                   f"-I{kernels._SOURCE.parent}"]
         command += [f"-fsanitize={sanitizer}"] if sanitizer else []
         builds[sanitizer] = program, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for _, compiler in builds.values():
@@ -207,32 +191,23 @@ def shim_builds():
     return folder, {sanitizer: program for sanitizer, (program, _) in builds.items()}
 
 
-def cpu_threads(sanitizer="", removed_barrier=None):
+def cpu_threads(sanitizer="", removed_barrier=0):
     """A launcher, like kernels._cuda's, that runs each kernel in a process of its own on CPU threads."""
-    folder, programs = shim_builds()
+    program = shim_builds()[1][sanitizer]
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
-    if removed_barrier is not None:
-        environment["NCN_REMOVED_BARRIER"] = str(removed_barrier)
 
     def launch(name, grid, block, args):
-        words, starts = kernels._pack(args)
-        base, words, storages, pointers = starts[0], list(words), {}, []
-        for arg, start in zip(args, starts, strict=True):
-            if isinstance(arg, torch.Tensor):   # an address becomes an offset in the memory block of its storage
-                storage, word = arg.untyped_storage(), (start - base) // 8
-                storages.setdefault(storage.data_ptr(), storage)
-                pointers += [word, list(storages).index(storage.data_ptr())]
-                words[word] -= storage.data_ptr()
-        memory = [np.ctypeslib.as_array((ctypes.c_uint8 * s.nbytes()).from_address(a)) for a, s in storages.items()]
-        head = [INSTANCES[sanitizer].index(name), *grid, *block, len(words), *words, len(memory), len(pointers) // 2,
-                *map(len, memory), *pointers]
-        file = Path(folder.name, "launch")
-        file.write_bytes(struct.pack(f"{len(head)}q", *head) + b"".join(m.tobytes() for m in memory))
-        done = subprocess.run([programs[sanitizer], file], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, f"{name} {grid} {block}: {done.stderr[:3000]}"
-        back = np.fromfile(file, np.uint8, offset=8 * len(head))
-        for m in memory:
-            m[:], back = back[:len(m)], back[len(m):]
+        storages = [a.untyped_storage() for a in args if isinstance(a, torch.Tensor)]
+        memory = {s.data_ptr(): s.nbytes() for s in storages}
+        head = INSTANCES[sanitizer].index(name), removed_barrier, *grid, *block
+        numbers = head, kernels._pack(args)[0], [n for piece in memory.items() for n in piece]
+        data = b"".join(struct.pack(f"{len(part) + 1}q", len(part), *part) for part in numbers)
+        data += b"".join(ctypes.string_at(*piece) for piece in memory.items())
+        done = subprocess.run([program], input=data, capture_output=True, env=environment)
+        assert done.returncode == 0, f"{name} {grid} {block}: {done.stderr[:3000].decode()}"
+        for address, size in memory.items():
+            ctypes.memmove(address, done.stdout, size)
+            done.stdout = done.stdout[size:]
     return launch
 
 
@@ -280,45 +255,35 @@ def compare_kernels(rows, d, dtype, device=CPU, seed=0, only=""):
             compare(function, reference, inputs, f"{name} {rows} x {d} {dtype}", dtype)
 
 
+HALF = torch.float16, torch.bfloat16
 EVERY_DTYPE = pytest.mark.parametrize("dtype", list(kernels._TYPES), ids=str)
-KERNEL_SHAPES = ((1, 1), (37, 7), (300, 31), (19, 256), (6, 257), (2, 515))  # rows, width
+KERNEL_SHAPES = (1, 1), (37, 7), (300, 31), (19, 256), (6, 257), (2, 515), (28, 113), (13, 61)  # rows, width
 
 
 @EVERY_DTYPE
 def test_kernel_values(dtype, backend, poison):
-    rng = np.random.default_rng(list(kernels._TYPES).index(dtype))
-    shapes = KERNEL_SHAPES + tuple((int(rng.integers(1, 40)), int(rng.integers(1, 120))) for _ in range(2))
-    for seed, (rows, d) in enumerate(shapes):
+    for seed, (rows, d) in enumerate(KERNEL_SHAPES):
         compare_kernels(rows, d, dtype, seed=seed)
-
-
-@pytest.mark.parametrize("name, rows, d, dtype", [
-    ("rms", 6, 4100, torch.bfloat16), ("rms", 1, 65536, torch.float16), ("modulate", 3, 5001, torch.bfloat16),
-    ("softmax", 3, 1100, torch.bfloat16)])  # 4 d + 1 logits
-def test_kernel_rows_wider_than_registers(name, rows, d, dtype, monkeypatch, poison):
-    monkeypatch.setitem(kernels._launchers, CPU, cpu_threads())
-    compare_kernels(rows, d, dtype, only=name)
 
 
 @EVERY_DTYPE
 def test_kernel_extreme_values(dtype, backend, poison):
-    V, inf, nan = 71, float("inf"), float("nan")
-    rows = torch.stack([torch.full((V,), 1e4), torch.full((V,), -1e4), torch.zeros(V),
-                        torch.where(torch.arange(V) == 5, 1e4, -1e4), torch.where(torch.arange(V) == 7, 0.0, -inf),
-                        torch.linspace(-1e4, 1e4, V), torch.where(torch.arange(V) < 70, -inf, 3.0), torch.randn(V),
-                        torch.full((V,), -inf), torch.where(torch.arange(V) == 3, nan, 1.0)]).to(dtype)
+    V, inf, nan, at = 71, float("inf"), float("nan"), torch.arange(71)
+    rows = torch.stack([torch.full((V,), 1e4), torch.full((V,), -1e4), torch.zeros(V), torch.where(at == 5, 1e4, -1e4),
+                        torch.where(at == 7, 0.0, -inf), torch.linspace(-1e4, 1e4, V), torch.where(at < 70, -inf, 3.0),
+                        torch.randn(V), torch.full((V,), -inf), torch.where(at == 3, nan, 1.0)]).to(dtype)
     for target in (5, 7, 70, -1):
-        targets = torch.full((len(rows),), target)
+        targets, ignored = torch.full((len(rows),), target), target < 0
         want = rows.double().log_softmax(1)
-        p = (want.exp() - F.one_hot(targets.clamp(min=0), V)) * (target >= 0)
+        p = (want.exp() - F.one_hot(targets.clamp(min=0), V)) * (not ignored)
         logits = torch.full((len(rows), V + 9), 3.0, dtype=dtype)  # rows further apart than they are wide
         logits[:, :V] = rows
         loss, gradient = kernels._softmax_loss(logits[:, :V], targets, True)
-        good = slice(0, 8 if target >= 0 else None)  # the last two rows: NaN where the target counts
-        assert_rounded(loss, -want[:, target] if target >= 0 else torch.zeros(len(rows)), dtype, "softmax")
+        assert_rounded(loss, torch.zeros(len(rows)) if ignored else -want[:, target], dtype, "softmax")
         assert_rounded(gradient[:8], p[:8], dtype, "softmax")
-        assert (logits[:, V:] == 3).all() and (good.stop is None or gradient[8].isnan().all())
+        assert (logits[:, V:] == 3).all() and (ignored or gradient[8].isnan().all())
         loss_alone, _ = kernels._softmax_loss(rows.clone(), targets, False)
+        good = slice(None if ignored else 8)  # the last two rows: NaN where the target counts
         assert torch.equal(loss_alone[good], loss[good])
 
     z = torch.tensor([[-1e4] * 3, [1e4] * 3, [inf] * 3, [-inf] * 3, [0.0] * 3, [nan] * 3]).to(dtype).requires_grad_()
@@ -341,45 +306,55 @@ def test_kernel_views_and_mixed_types(backend, poison):
         inputs = view.detach().requires_grad_(), w[:view.shape[-1]].clone().requires_grad_()
         compare(kernels.rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), inputs, "rms_norm", view.dtype)
     y, residual, z = torch.randn(2, 5, 33).bfloat16(), torch.randn(2, 5, 33), torch.randn(2, 5, 4, 3)
-    for pair in ((y, residual), (y, residual.bfloat16()), (y.half().transpose(0, 1), residual.half().transpose(0, 1))):
-        inputs = [t.detach().requires_grad_() for t in (*pair, z if pair[0].shape[0] == 2 else z.transpose(0, 1))]
-        compare(lambda y, r, s: kernels.modulate(y, r, s[:, :, 1, :1]), lambda y, r, s: r + s[:, :, 1, :1] * y, inputs,
-                "modulate")
+    turned = [t.transpose(0, 1) for t in (y.half(), residual.half(), z)]
+    for inputs in ((y, residual, z), (y, residual.bfloat16(), z), turned):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        compare(lambda y, r, s: kernels.modulate(y, r, s[:, :, 1, :1]),
+                lambda y, r, s: r + s[:, :, 1, :1] * y, inputs, "modulate")
         compare(lambda y, r, s: kernels.modulate(y, r, s[:, :, 1, :1], s[:, :, 1, 2:]),
                 lambda y, r, s: r + s[:, :, 1, :1] * s[:, :, 1, 2:] * y, inputs, "modulate")
 
 
-def test_kernel_cache_strides_and_positions(backend):
+@pytest.mark.parametrize("T, at, dtype", [(1, 0, torch.float32), (1, 10, torch.bfloat16), (4, 7, torch.float16),
+                                          (11, 0, torch.float32)])
+def test_kernel_cache_strides_and_positions(T, at, dtype, backend):
     """Against plain slicing, over the whole of the memory behind the cache: nothing else is written."""
-    B, h, d = 2, 3, 20
-    for T, at, dtype in ((1, 0, torch.float32), (1, 10, torch.bfloat16), (4, 7, torch.float16), (11, 0, torch.float32)):
-        qkv = torch.randn(B, T, 3 * h * d).to(dtype)
-        k, v = (t.view(B, T, h, d).transpose(1, 2) for t in qkv.split(h * d, dim=2)[1:])
-        for swap in ((0, 0), (1, 2), (2, 3)):  # a window in the memory, with its dimensions in three orders
-            memory = [torch.randn(B, 5, 15, d).to(dtype).transpose(*swap).contiguous() for _ in "kv"]
-            want = [m.clone() for m in memory]
-            windows = [m.transpose(*swap)[:, 1:4, 2:13] for m in memory + want]
-            for window, new in zip(windows[2:], (k, v), strict=True):
-                window[:, :, at:at + T] = new
-            kernels.write_cache(*windows[:2], k, v, torch.tensor([at] if T == 4 else at))
-            assert all(map(torch.equal, memory, want)), (T, at)
-    if backend == "cpu threads":  # beyond the end: what fits is written, the rest goes nowhere
-        cache, k = torch.zeros(1, 1, 4, 8), torch.ones(1, 1, 3, 8)
-        kernels.write_cache(cache, cache.clone(), k, k, torch.tensor(2))
-        assert cache.sum((0, 1, 3)).tolist() == [0, 0, 8, 8]
+    k, v = (t.view(2, T, 3, 20).transpose(1, 2) for t in torch.randn(2, T, 180).to(dtype).split(60, dim=2)[1:])
+    for swap in ((0, 0), (1, 2), (2, 3)):  # a window in the memory, with its dimensions in three orders
+        memory = [torch.randn(2, 5, 15, 20).to(dtype).transpose(*swap).contiguous() for _ in "kv"]
+        want = [m.clone() for m in memory]
+        windows = [m.transpose(*swap)[:, 1:4, 2:13] for m in memory + want]
+        for window, new in zip(windows[2:], (k, v), strict=True):
+            window[:, :, at:at + T] = new
+        kernels.write_cache(*windows[:2], k, v, torch.tensor([at] if T == 4 else at))
+        assert all(map(torch.equal, memory, want))
+    cache, past_the_end = windows[0][:, :, :at + T - 1], torch.tensor(at)
+    if backend == "eager":
+        with pytest.raises(IndexError):
+            kernels.write_cache(cache, cache.clone(), k, v, past_the_end)
+    elif cache.numel():  # what fits is written, the rest goes nowhere
+        memory[0].fill_(7)
+        kernels.write_cache(cache, cache.clone(), k, v, past_the_end)
+        assert torch.equal(cache[:, :, at:], k[:, :, :-1]) and (memory[0] != 7).sum() == k[:, :, :-1].numel()
 
 
-# ---- Races and bounds. bfloat16 takes every path of the templates: vectors, scalar loads, wider residual.
+# ---- Races and bounds.
 
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_kernel_races_and_bounds(sanitizer, monkeypatch):
+WATCHED = (3, 7, ""), (19, 40, ""), (3, 70, ""), (6, 257, "rms"), (2, 257, "modulate")  # 512 threads are slow to watch
+
+
+@pytest.mark.parametrize("sanitizer, dtype, shapes", [
+    ("thread", torch.bfloat16, WATCHED), ("address", torch.bfloat16, (*WATCHED, (2, 4100, "rms"))),
+    ("", torch.bfloat16, ((6, 4100, "rms"), (3, 5001, "modulate"), (3, 1100, "softmax"))),  # rows wider than registers
+    ("", torch.float16, ((1, 65536, "rms"),))], ids=["races", "bounds", "wide", "wider"])
+def test_kernel_races_bounds_and_wide_rows(sanitizer, dtype, shapes, monkeypatch, poison):
     monkeypatch.setitem(kernels._launchers, CPU, cpu_threads(sanitizer))
-    wide = ((2, 4100, "rms"),) if sanitizer == "address" else ()  # 512 threads: slow to watch, no new barrier
-    for rows, d, only in ((3, 7, ""), (19, 40, ""), (3, 70, ""), (6, 257, "rms"), (2, 257, "modulate"), *wide):
-        compare_kernels(rows, d, torch.bfloat16, only=only)
+    for rows, d, only in shapes:
+        compare_kernels(rows, d, dtype, only=only)
 
 
-@pytest.mark.parametrize("barrier", range(kernels._SOURCE.read_text().count("__syncthreads();")))
+@pytest.mark.parametrize("barrier", [
+    n for n, line in enumerate(kernels._SOURCE.read_text().split("\n"), 1) if "__syncthreads();" in line])
 def test_kernel_every_barrier_matters(barrier, monkeypatch):
     monkeypatch.setitem(kernels._launchers, CPU, cpu_threads("thread", barrier))
     with pytest.raises(AssertionError, match="data race"):
@@ -387,12 +362,11 @@ def test_kernel_every_barrier_matters(barrier, monkeypatch):
             compare_kernels(rows, d, torch.bfloat16, only="rms")
 
 
-def test_kernel_address_sanitizer_sees_one_byte(monkeypatch):
-    launch = cpu_threads("address")
+def test_kernel_address_sanitizer_sees_one_byte():
     x = torch.zeros(8, dtype=torch.bfloat16)  # 9 elements are claimed, 8 are there
     with pytest.raises(AssertionError, match="heap-buffer-overflow"):
-        launch("rms_norm_forward<bf16>", (1, 1), (32, 8),
-               (torch.empty_like(x), torch.zeros(1), x, torch.zeros(9), 1, 9, 1e-5))
+        cpu_threads("address")("rms_norm_forward<bf16>", (1, 1), (32, 8), (
+            torch.empty_like(x), torch.zeros(1), x, torch.zeros(9), 1, 9, 1e-5))
 
 
 # ---- The GPU compilers.
@@ -400,16 +374,16 @@ def test_kernel_address_sanitizer_sees_one_byte(monkeypatch):
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_kernel_nvcc(tmp_path):
     source = tmp_path / "all.cu"
-    instances = ", ".join(f"(void*){name}" for name in INSTANCES[""])
+    instances = ", ".join(f"(void*){name}" for name in kernels._INSTANCES)
     source.write_text(f"{kernels._SOURCE.read_text()}void* instances[] = {{{instances}}};\n")
-    command = ["nvcc", "-cubin", "-std=c++17", "-Xptxas", "-v", "-o"]
-    jobs = {sm: subprocess.Popen([*command, tmp_path / f"{sm}.cubin", f"-arch=sm_{sm}", source], stderr=subprocess.PIPE,
+    command = ["nvcc", "-cubin", "-std=c++17", "-Xptxas", "-v", source, "-o"]
+    jobs = {sm: subprocess.Popen([*command, tmp_path / f"{sm}.cubin", f"-arch=sm_{sm}"], stderr=subprocess.PIPE,
                                  text=True) for sm in (75, 80, 90)}
     for sm, job in jobs.items():
         log = job.communicate()[1]
         assert job.returncode == 0 and "warning" not in log, log
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-        assert len(spills) == len(INSTANCES[""]) and set(spills) == {("0", "0")}, log
+        assert len(spills) == len(kernels._INSTANCES) and set(spills) == {("0", "0")}, log
         # 512 threads at 64 registers: two blocks fill a processor's 65,536
         assert max(map(int, re.findall(r"Used (\d+) registers", log))) <= 64, (sm, log)
 
@@ -421,8 +395,8 @@ def test_kernel_nvrtc(major):
         nvrtc = kernels._nvrtc(major)
     except OSError as error:
         pytest.skip(f"no NVRTC {major}: {error}")
-    symbols, cubin = kernels._compile(nvrtc, kernels._instances("bf16"), "90")
-    assert cubin[:4] == b"\x7fELF" and set(symbols) == set(kernels._instances("bf16"))
+    symbols, cubin = kernels._compile(nvrtc, kernels._INSTANCES, "90")
+    assert cubin[:4] == b"\x7fELF" and list(symbols) == kernels._INSTANCES
     assert all(s.encode() in cubin for s in symbols.values())
     with pytest.raises(RuntimeError, match="no_such_kernel"):
         kernels._compile(nvrtc, ["no_such_kernel<float>"], "90")
@@ -448,144 +422,118 @@ class FakeDriver:
 
 
 def test_kernel_launch(monkeypatch):
-    monkeypatch.setattr(kernels, "_cubin", lambda kind, arch: ({n: n for n in kernels._instances(kind)}, b""))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 0x123456789a}))
-    driver = FakeDriver()
-    launch = kernels._cuda(GPU, driver)
-    assert driver.calls[:3] == ["cuDevicePrimaryCtxRetain", "cuCtxPushCurrent_v2", "cuModuleLoadData"]
-    loaded = driver.calls.count("cuModuleGetFunction")
-    assert loaded == len(kernels._instances("float")) and "cuLaunchKernel" not in driver.calls
-    x, args = torch.zeros(3), (1 << 40, 1e-5, None, -7, (1, 1 << 33, 3, 4))
-    for _ in range(2):  # a second launch loads nothing
-        driver.calls.clear()
-        launch("softmax_loss<float>", (5, 2), (64, 4), (x, *args))
-        assert driver.calls == ["cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
-    function = 1001 + kernels._instances("float").index("softmax_loss<float>")
+    driver, tensor = FakeDriver(), type("Tensor", (), {"device": GPU, "is_cuda": True, "dtype": None})
+    for module, name, value in (
+            (kernels, "_launchers", {}), (kernels, "_reasons", {}), (torch.version, "cuda", "13.0"),
+            (kernels, "_cubin", lambda arch: ({n: n for n in kernels._INSTANCES}, arch)),
+            (ctypes, "CDLL", lambda name: driver), (torch.cuda, "get_device_capability", lambda device: (9, 0)),
+            (torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 0x123456789a}))):
+        monkeypatch.setattr(module, name, value)
+    launch = kernels._cuda(GPU)
+    assert driver.calls.count("cuModuleGetFunction") == len(kernels._INSTANCES) and "cuLaunchKernel" not in driver.calls
+    x, driver.calls = torch.zeros(3), []
+    launch("softmax_loss<float>", (5, 2), (64, 4), (x, 1 << 40, 1e-5, None, -7, (1, 1 << 33, 3, 4)))
+    assert driver.calls == ["cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
+    function = 1001 + kernels._INSTANCES.index("softmax_loss<float>")
     assert driver.launch == (function, 5, 2, 1, 64, 4, 1, 0, 0x123456789a)
     assert driver.words == [x.data_ptr(), 1 << 40, struct.unpack("q", struct.pack("d", 1e-5))[0], 0, -7, 1]
     assert driver.strides == [1, 1 << 33, 3, 4]
-    driver.calls.clear()
-    launch("modulate_forward<bf16, float>", (1, 1), (32, 8), (x,))  # the second type is loaded when it is met
-    assert driver.calls.count("cuModuleLoadData") == 1 and driver.calls[-1] == "cuCtxPopCurrent_v2"
-    driver.fail, driver.calls = "cuLaunchKernel", []
+    driver.fail = "cuLaunchKernel"
     with pytest.raises(RuntimeError, match="driver error 1"):
         launch("softmax_loss<float>", (1, 1), (32, 1), (x,))
     assert driver.calls[-1] == "cuCtxPopCurrent_v2"  # the context stack is left as it was
 
-
-def test_kernel_failed_start_falls_back(monkeypatch):
     def no_library(name):
         raise OSError(f"{name}: not found\nmore")
-    monkeypatch.setattr(kernels, "_reasons", {})
-    monkeypatch.setattr(kernels.ctypes, "CDLL", no_library)
-    for version, reason in ((None, "not an NVIDIA GPU"), ("13.0", "not found")):
+    for fail, library, version, reason in (("cuModuleLoadData", ctypes.CDLL, "13.0", "driver error 1 in kernels.py"),
+                                           (None, no_library, "13.0", "not found"), (None, None, None, "NVIDIA GPU")):
+        monkeypatch.setattr(ctypes, "CDLL", library)
         monkeypatch.setattr(torch.version, "cuda", version)
-        kernels._start(GPU)
-        assert kernels._reasons[GPU].endswith(reason) and GPU not in kernels._launchers
+        driver.fail = fail
+        kernels._reasons.clear()
+        kernels._launcher(tensor)
+        assert GPU not in kernels._launchers and kernels._reasons[GPU].endswith(reason)
 
 
 def test_kernel_grid():
-    x = torch.empty(0)
     for width in (*range(1, 700), 4096, 4097, 50257, 65536):
-        (blocks, one), (group, groups) = kernels._row_grid(x, 10 ** 12, width)
-        assert one == 1 and 1 <= blocks <= 32 and group * groups <= 512 and group in (32, 64, 128, 256, 512)
+        (blocks, one), (group, groups) = kernels._row_grid(torch.empty(0), 10 ** 12, width)
+        assert one == 1 and 1 <= blocks <= 32 and group in (32, 64, 128, 256, 512)
         assert group == 512 or group * 8 >= width and (group == 32 or group * 4 < width)  # the row fits, tightly
-        assert (groups == 8) == (group == 32)
-        assert kernels._row_grid(x, 1, width)[0] == (1, 1)
+        assert groups == (8 if group == 32 else 1) and kernels._row_grid(torch.empty(0), 1, width)[0] == (1, 1)
 
 
 def test_kernel_cubin_is_kept_on_disk(tmp_path, monkeypatch):
-    source = tmp_path / "kernels.cu"
-    source.write_text("// one")
-    compiled = []
+    source, result, compiled = tmp_path / "kernels.cu", ({"name": "symbol"}, b"\x7fELF\n\n\x00"), []
     monkeypatch.setattr(kernels, "_SOURCE", source)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(kernels, "_nvrtc", lambda major: major)
-    result = {"name": "symbol"}, b"\x7fELF\n\n\x00"
-    monkeypatch.setattr(kernels, "_compile", lambda *a: compiled.append(a) or result)
-    for arch in ("90", "90", "80"):
-        assert kernels._cubin("float", arch) == result
-    assert [c[2] for c in compiled] == ["90", "80"]
-    source.write_text("// two")
-    kernels._cubin("float", "90")
-    assert len(compiled) == 3 and len(list((tmp_path / "__pycache__").iterdir())) == 3  # no half-written file is left
-    for file in (tmp_path / "__pycache__").iterdir():
+    monkeypatch.setattr(kernels, "_compile", lambda nvrtc, names, arch: compiled.append((nvrtc, arch)) or result)
+    for text, arch, count in (("// 1", "90", 1), ("// 1", "90", 1), ("// 1", "80", 2), ("// 2", "90", 3)):
+        source.write_text(text)
+        assert kernels._cubin(arch) == result and len(compiled) == count
+    files = list((tmp_path / "__pycache__").iterdir())
+    assert compiled == [("13", "90"), ("13", "80"), ("13", "90")] and len(files) == 3  # no half-written file is left
+    for file in files:
         file.write_bytes(b"{damaged")
-    kernels._cubin("float", "90")
-    assert len(compiled) == 4
+    assert kernels._cubin("90") == result and len(compiled) == 4
 
 
 def test_kernel_eager_where_it_must(monkeypatch):
-    """Odd types, empty tensors, torch.compile: the eager definition, whatever launcher there is."""
-    def never(*_):
-        raise AssertionError("launched")
-    monkeypatch.setitem(kernels._launchers, CPU, never)
-    with pytest.raises(AssertionError, match="launched"):
-        kernels.rms_norm(torch.ones(2, 3), torch.ones(3))
-    kernels.rms_norm(torch.ones(2, 3, dtype=torch.float64), torch.ones(3))
-    kernels.rms_norm(torch.ones(0, 3), torch.ones(3))
-    kernels.rms_norm(torch.ones(2, 3), torch.ones(1))  # a weight shorter than the row would be read beyond its end
+    """Odd types and shapes, empty tensors, torch.compile: the eager definition, whatever launcher there is."""
+    monkeypatch.setitem(kernels._launchers, CPU, lambda *_: 1 / 0)
+    x, w, gain, at, z = torch.ones(2, 3), torch.ones(3), torch.ones(2, 1), torch.tensor(1), torch.zeros(2, 4, 3)
+    cache, new = torch.zeros(2, 1, 1, 4, 3), torch.ones(2, 1, 1, 2, 3)
+    for kernel, *inputs in ((kernels.rms_norm, x, w), (kernels.actuate, z), (kernels.modulate, x, x, gain),
+                            (kernels.write_cache, *cache, *new, at), (kernels._softmax_loss, x, at.expand(2), True)):
+        with pytest.raises(ZeroDivisionError):
+            kernel(*inputs)
+    for odd in (x.double(), x[:0]):
+        kernels.rms_norm(odd, w)
+    kernels.rms_norm(x, w[:1])  # a weight shorter than the row would be read beyond its end
+    assert kernels.actuate(z.double()).dtype == torch.float32
+    for odd in ((x, x, gain.half()), (x, x.half(), gain), (x, x, gain[:1])):
+        kernels.modulate(*odd)
+    kernels.write_cache(*cache, *new.half(), at)
+    kernels.write_cache(*cache, *new, at.int())
     with pytest.raises(RuntimeError):
-        kernels.write_cache(*torch.zeros(2, 1, 1, 4, 3), *torch.zeros(2, 1, 2, 1, 3), torch.tensor(0))  # 2 heads into 1
-    assert kernels.actuate(torch.zeros(2, 4, 3, dtype=torch.float64)).dtype == torch.float32
-    x, gain = torch.ones(2, 3), torch.ones(2, 1)
-    kernels.modulate(x, x, gain.half())
-    kernels.modulate(x, x.half(), gain)
-    kernels.modulate(x, x, torch.ones(1, 1))
-    cache = torch.zeros(1, 1, 4, 3)
-    kernels.write_cache(cache, cache.clone(), x[None, None].half(), x[None, None].half(), torch.tensor(1))
-    kernels.write_cache(cache, cache.clone(), x[None, None], x[None, None], torch.tensor(1, dtype=torch.int32))
+        kernels.write_cache(*cache, *new.expand(2, 1, 2, 2, 3), at)  # 2 heads into 1
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    kernels.rms_norm(torch.ones(2, 3), torch.ones(3))
-    kernels.actuate(torch.zeros(2, 4, 3))
-    monkeypatch.undo()
+    kernels.rms_norm(x, w)
+    kernels.actuate(z)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernels.backend() == "kernels: eager (no GPU)"
 
 
 # ---- linear_cross_entropy.
 
-def test_kernel_linear_cross_entropy(backend, monkeypatch, poison):
-    """fp32 against F.cross_entropy to 1e-5, over several chunks; ignored targets; no valid target; no gradient."""
-    V, d = (50257, 8) if backend == "eager" else (211, 8)
-    monkeypatch.setattr(kernels, "LOGIT_BYTES", 150 * V * 4)  # 400 rows: three chunks
-    h, w = torch.randn(2, 200, d, requires_grad=True), (torch.randn(V, d) / 3).requires_grad_()
-    targets = torch.randint(-1, V, (2, 200))
-    targets[0, :9] = -1
-    want = F.cross_entropy((h.double() @ w.double().T).flatten(0, 1), targets.flatten(), ignore_index=-1)
-    loss = kernels.linear_cross_entropy(h, w, targets)
-    assert loss.dtype == torch.float32 and loss.shape == () and abs(loss.item() / want.item() - 1) < 1e-6
-    both = [torch.autograd.grad(3 * out, (h, w), retain_graph=True) for out in (loss, want, loss)]  # loss: twice
-    for got, exact, again in zip(*both, strict=True):
-        assert (got - exact).norm() <= 1e-5 * exact.norm() and torch.equal(got, again)
-    only_h, = torch.autograd.grad(kernels.linear_cross_entropy(h, w.detach(), targets), h)
-    assert torch.allclose(3 * only_h, both[0][0], rtol=1e-5)
-    none = kernels.linear_cross_entropy(h, w, torch.full_like(targets, -1))
-    assert none.item() == 0 and not any(g.any() for g in torch.autograd.grad(none, (h, w)))
-    with torch.no_grad():
-        assert kernels.linear_cross_entropy(h, w, targets).item() == loss.item()
-        spread = targets.flatten().int().repeat_interleave(2)[::2]  # every other element of a narrower type
-        assert kernels.linear_cross_entropy(h.flatten(0, 1), w, spread).item() == loss.item()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_kernel_linear_cross_entropy_autocast(dtype, backend, monkeypatch, poison):
-    """Half precision products, fp32 sums: small terms survive over many tokens, 1/N does not underflow."""
-    N, V, d = (1000, 40000, 4) if backend == "eager" else (400, 300, 4)
-    monkeypatch.setattr(kernels, "LOGIT_BYTES", 150 * V * 2)
-    h, w = torch.randn(N, d, requires_grad=True), torch.randn(V, d, requires_grad=True)
-    targets = torch.randint(0, 50, (N,))
-    with torch.autocast("cpu", dtype=dtype):
+@EVERY_DTYPE
+def test_kernel_linear_cross_entropy(dtype, backend, monkeypatch, poison):
+    """Over several chunks, in fp32 or under autocast (half precision products, fp32 sums: small terms survive over many
+    tokens, 1/N does not underflow); ignored targets; no valid target; a second backward pass; no gradient."""
+    N, V, d = (300, 50257, 8) if backend == "eager" else (200, 300, 8)
+    monkeypatch.setattr(kernels, "LOGIT_BYTES", 150 * V * dtype.itemsize)  # at least three chunks
+    h, w = torch.randn(2, N, d, requires_grad=True), (torch.randn(V, d) / 3).requires_grad_()
+    targets = tokens(2, N) - 1
+    rounded = [t.detach().to(dtype).double().requires_grad_() for t in (h, w)]
+    want = F.cross_entropy((rounded[0] @ rounded[1].T).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    bound = 4 * torch.finfo(dtype).eps if dtype in HALF else 1e-5
+    with torch.autocast("cpu", dtype if dtype in HALF else None, enabled=dtype in HALF):
         loss = kernels.linear_cross_entropy(h, w, targets)
-    got = torch.autograd.grad(loss, (h, w))
-    half = [t.detach().to(dtype).double().requires_grad_() for t in (h, w)]
-    want = F.cross_entropy(half[0] @ half[1].T, targets)
-    exact = torch.autograd.grad(want, half)
-    assert loss.dtype == torch.float32 and abs(loss.item() / want.item() - 1) < 2e-3
-    for g, e, source in zip(got, exact, (h, w), strict=True):
-        assert g.dtype == source.dtype == torch.float32
-        assert (g - e).norm() <= 4 * torch.finfo(dtype).eps * e.norm() and (g == 0).float().mean() < 1e-3
+        assert loss.dtype == torch.float32 and loss.shape == () and abs(loss.item() / want.item() - 1) < bound / 10
+        first, second = (torch.autograd.grad(3 * loss, (h, w), retain_graph=True) for _ in range(2))
+        for got, again, exact in zip(first, second, torch.autograd.grad(3 * want, rounded), strict=True):
+            assert got.dtype == torch.float32 and torch.equal(got, again)
+            assert (got - exact).norm() <= bound * exact.norm()
+        assert (first[1] == 0).float().mean() < 1e-3
+        only_h, = torch.autograd.grad(kernels.linear_cross_entropy(h, w.detach(), targets), h)
+        assert torch.allclose(3 * only_h, first[0], rtol=1e-5)
+        none = kernels.linear_cross_entropy(h, w, torch.full_like(targets, -1))
+        assert none.item() == 0 and not any(g.any() for g in torch.autograd.grad(none, (h, w)))
+        with torch.no_grad():
+            assert kernels.linear_cross_entropy(h, w, targets).item() == loss.item()
+            spread = targets.flatten().int().repeat_interleave(2)[::2]  # every other element of a narrower type
+            assert kernels.linear_cross_entropy(h.flatten(0, 1), w, spread).item() == loss.item()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
@@ -611,7 +559,7 @@ def test_kernel_under_torch_compile(dtype, bound, monkeypatch):
 
 
 def test_kernel_table(monkeypatch, capsys):
-    """With kernels (here on CPU threads) and without; "-" where the memory is short or there is no compiler."""
+    """With kernels (here on CPU threads) and without; a case that fails is named, be it for want of memory."""
     assert 0.01 < kernels._seconds(lambda: time.sleep(0.01)) < 0.1
 
     def short_of(*_):
@@ -622,7 +570,7 @@ def test_kernel_table(monkeypatch, capsys):
         return dict((actuate, modulate, ("9", (short_of, *actuate[1][1:]))))
 
     monkeypatch.setattr(kernels, "cases", some)
-    monkeypatch.setattr(kernels, "_seconds", lambda run, at_least=0: run() and 1e-6)
+    monkeypatch.setattr(kernels, "_seconds", lambda run, captured=True: run() and 1e-6)
     monkeypatch.setattr(torch, "compile", short_of)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for launchers in {}, {CPU: cpu_threads()}:
@@ -630,10 +578,10 @@ def test_kernel_table(monkeypatch, capsys):
         kernels.main(7, 300, 8)
         out = capsys.readouterr().out
         assert out.startswith(kernels.backend()) and "test_kernel_values" in out and not kernels._force_eager
-        error_time = r" +\d\.\de-\d\d +1 us"
-        row = error_time + (error_time + r" +0% +1\.00x +-" if launchers else "")
+        row = error_time = r" +\d\.\de-\d\d +1 us"
+        row += error_time + r" +0% +1\.00x OutOfMemoryError" if launchers else ""
         assert len(re.findall(rf"(?m)^[23] .* 40 x 256{row}$", out)) == 6
-        assert len(re.findall(r"(?m)^9 .* +-$", out)) == 3
+        assert len(re.findall(r"(?m)^9 .* OutOfMemoryError$", out)) == 3
         assert len(re.findall(r"(?m) 0\.0 ms +\d+ MiB$", out)) == 2 + hasattr(F, "linear_cross_entropy")
 
 
@@ -646,10 +594,12 @@ def test_kernel_peak_memory():
     assert kernels.peak_memory(CPU, reset=True) < before + (20 << 20)
 
 
-ON_GPU = pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+GPU_PARAM = pytest.param(GPU, marks=(pytest.mark.cuda, NO_GPU))
+ON_GPU = pytest.mark.parametrize("device", [GPU_PARAM], ids=str)
 
 
-@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=ON_GPU)], ids=str)
+@pytest.mark.parametrize("device", [CPU, GPU_PARAM], ids=str)
 def test_kernel_model(device, monkeypatch):
     """Loss and every gradient of a small model, with the fused kernels and without."""
     if device == CPU:
@@ -667,49 +617,42 @@ def test_kernel_model(device, monkeypatch):
 
 # ---- On a GPU alone.
 
-def on_gpu(test):
-    return functools.reduce(lambda test, mark: mark(test), ON_GPU, test)
-
-
-@on_gpu
+@ON_GPU
 @EVERY_DTYPE
-def test_kernel_on_gpu(dtype, poison):
+def test_kernel_on_gpu(dtype, device, poison):
     assert kernels.backend() == "kernels: fused CUDA"
     for seed, (rows, d) in enumerate((*KERNEL_SHAPES, (8192, 256), (300, 1100), (333, 5000), (3, 16384))):
-        compare_kernels(rows, d, dtype, GPU, seed)
+        compare_kernels(rows, d, dtype, device, seed)
 
 
-@on_gpu
-def test_kernel_graph_replays_at_new_positions():
-    """A captured write goes where the position on the device says at replay; other streams and views are respected."""
-    cache = [torch.zeros(1, 2, 9, 16, device=GPU) for _ in "kv"]
-    k, v = (torch.ones(1, 2, 1, 16, device=GPU) for _ in "kv")
-    position = torch.zeros(1, dtype=torch.int64, device=GPU)
-    kernels.write_cache(*cache, k, v, position)  # loads the kernel
+@ON_GPU
+def test_kernel_graph_replays_at_new_positions(device):
+    """A captured write goes where the position on the device says at replay."""
+    cache = torch.zeros(2, 1, 2, 9, 16, device=device)
+    new, position = torch.ones(2, 1, 2, 1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     graph = torch.cuda.CUDAGraph()
+    kernels.write_cache(*cache, *new, position)  # compiles
     with torch.cuda.graph(graph):
-        kernels.write_cache(*cache, k, v, position)
+        kernels.write_cache(*cache, *new, position)
     for at in (4, 8, 2):
         position.fill_(at)
-        k.fill_(at)
+        new[0].fill_(at)
         graph.replay()
-    assert cache[0][0, 1, :, 0].tolist() == [1, 0, 2, 0, 4, 0, 0, 0, 8]
-    assert cache[1][0, 1, :, 0].tolist() == [1, 0, 1, 0, 1, 0, 0, 0, 1]
+    assert cache[:, 0, 1, :, 0].tolist() == [[1, 0, 2, 0, 4, 0, 0, 0, 8], [1, 0, 1, 0, 1, 0, 0, 0, 1]]
 
 
-@on_gpu
-def test_kernel_decode_step_replays_as_a_graph():
-    """Greedy text on the GPU, over refills of the window, is the full pass's; sampled text does not depend on the
-    batch."""
-    model = lively().to(GPU)
-    for text in (tokens(3, 4).to(GPU), tokens(1, 40).to(GPU)):
+@ON_GPU
+def test_kernel_decode_step_replays_as_a_graph(device):
+    """Greedy text on the GPU, over refills of the window, is the full pass's; sampled text is the same in any batch."""
+    model = lively().to(device)
+    for text in (tokens(3, 4).to(device), tokens(1, 40).to(device)):
         made = sampling.generate(model, text, 60, temperature=0)
         for n in range(text.size(1), made.size(1)):
             logits = model(made[:, sampling.window_start(n, model.config.block_size):n])[:, -1]
             drawn = logits.gather(1, made[:, n:n + 1])[:, 0]
             torch.testing.assert_close(drawn, logits.amax(-1), atol=1e-3, rtol=1e-4)  # ties may fall either way
-    together = sampling.generate(model, tokens(1, 4).expand(6, -1).to(GPU), 40, temperature=3.0, seed=5)
-    assert torch.equal(together[2:3], sampling.generate(model, tokens(1, 4).to(GPU), 40, temperature=3.0, seed=7))
+    together = sampling.generate(model, tokens(1, 4).expand(6, -1).to(device), 40, temperature=3.0, seed=5)
+    assert torch.equal(together[2:3], sampling.generate(model, tokens(1, 4).to(device), 40, temperature=3.0, seed=7))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1744,6 +1687,18 @@ def test_demo_stories_are_told_apart_by_slot(tmp_path):
     assert float(per_story) == pytest.approx((total - entropy) / len(stories), rel=1e-3)
     assert float(VAL_LINE.findall(log)[-1][0]) == pytest.approx(total / len(val), abs=1e-3)
     assert float(per_token) == pytest.approx(total / len(val) - meta["entropy_nats_per_token"], abs=1e-3)
+    # The checkpoint knows its tokenizer, and a word that no story holds comes back right.
+    prompt = "Once upon a time there was a quokka"
+    said = run("sample.py", "--ckpt", out / "ckpt_best.pt", "--prompt", prompt, "--max_new_tokens", 5, check=True)
+    assert said.stdout.startswith(prompt) and tokenizer.name == "words"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_shows_what_the_model_learns(data, tmp_path):
+    """A progress bar, and a line of text at each validation; the log file keeps the paper's lines alone."""
+    shown = in_a_terminal("train.py", "--data", data, "--out", tmp_path, *SMALL, "--max_steps", 8, errors=True)
+    assert "8/8" in shown and len(re.findall(r"[\r\n]    \S", shown)) == 2
+    assert all(line.startswith("20") for line in (tmp_path / "training.log").read_text().splitlines())
 
 
 def test_learning_rate():
@@ -2202,13 +2157,17 @@ def test_sampling_shows_whole_characters_up_to_the_end():
     assert row.ended and len(row.tokens) == 8
 
 
-def in_a_terminal(*args, **env):
-    """The script's standard output, run in a pseudo-terminal."""
+def in_a_terminal(*args, errors=False, **env):
+    """The script's standard output, with its standard error if errors, run in a pseudo-terminal."""
+    import fcntl
     import pty
+    import termios
     os.environ.pop("NO_COLOR", None)
     reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 100, 0, 0))  # 25 lines of 100 columns
     env = {**os.environ, "TERM": "xterm", **env}
-    with subprocess.Popen(command(*args), stdout=writer, stderr=subprocess.PIPE, env=env) as process:
+    stderr = writer if errors else subprocess.PIPE
+    with subprocess.Popen(command(*args), stdout=writer, stderr=stderr, env=env) as process:
         os.close(writer)
         out = b""
         try:
@@ -2288,580 +2247,3 @@ def test_sampling_refuses(trained, tmp_path, capsys, monkeypatch):
     for odd in ({"model": 3}, {"weights": torch.ones(2)}, [1], odd_model):
         torch.save(odd, tmp_path / "odd.pt")
         assert "no NCN model" in refuse("--ckpt", tmp_path / "odd.pt")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Analysis
-
-# One line of the authors' own log, and its validation result.
-AUTHORS_LOG = """\
-2025-12-05 08:23:35,567 [INFO] Step: 20 | Ep: 1 [80/63518 (0.1%)] | Loss: 9.9924 | Reg: 0.0034 | PPL: 21860.27 | \
-LR: 1.20e-04 | Scale: 65536.0 | Tok/s: 2493
-2025-12-07 18:57:00,151 [INFO] Validation Result: Loss: 1.5082 | Perplexity: 4.5184
-2025-12-07 18:57:02,194 [INFO] Training Complete.
-"""
-
-
-def said(*texts):
-    return [f"2025-12-05 09:00:00,000 [INFO] {text}\n" for text in texts]
-
-
-def log_lines(steps, losses, seconds_per_step=1.0, speed=1000, suffix=""):
-    times = [datetime(2025, 12, 5, 8) + timedelta(seconds=seconds_per_step * int(s)) for s in steps]
-    return [f"{t:%Y-%m-%d %H:%M:%S},{t.microsecond // 1000:03d} [INFO] Step: {s} | Ep: 1 [{s}/9 (1.0%)] | "
-            f"Loss: {x:.4f} | Reg: 0.0001 | PPL: 1.00 | LR: 1.20e-04 | Scale: 1.0 | Tok/s: {speed}{suffix}\n"
-            for t, s, x in zip(times, steps, losses, strict=True)]
-
-
-def val_lines(loss):
-    return said(f"Validation Result: Loss: {loss:.4f} | Perplexity: 1.0000")
-
-
-def write_log(folder, lines):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "training.log").write_text("".join(lines), encoding="utf-8")
-    return str(folder / "training.log")
-
-
-def loss_curve(kind, seed=0):
-    """Synthetic logs: 800 points, noise 0.05, one point every 20 steps as in the authors' log."""
-    s = 20 * np.arange(1, 801)
-    y = 1.5 + 8 * np.exp(-s / 700) + np.random.default_rng(seed).normal(0, 0.05, len(s))
-    return s, y + {"Converged": 0 * s, "Still improving": -3e-5 * s, "Diverging": 2e-4 * np.maximum(s - 12000, 0)}[kind]
-
-
-@pytest.fixture
-def run_analyze(monkeypatch, capsys):
-    """analyze.py with these arguments -> what it prints; with refused=True the one line in which it refuses."""
-    def run(*args, refused=False):
-        monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, args)])
-        status = analyze.main()
-        out, err = capsys.readouterr()
-        if refused:
-            assert status == 2 and err.count("\n") == 1 and err.startswith("analyze.py: ") and "wrote" not in out, err
-            return err
-        assert status == 0 and not err, err
-        return out
-    return run
-
-
-def png_width(path):
-    """Width of a PNG in pixels, from its header."""
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    return int.from_bytes(data[16:20], "big")
-
-
-# ---- logs
-
-
-def test_analyze_reads_logs(tmp_path):
-    run = analyze.read_log(write_log(tmp_path / "theirs", [AUTHORS_LOG]))
-    assert (run["name"], run["step"].tolist(), run["loss"].tolist()) == ("theirs", [20], [9.9924])
-    assert run["val"] == [(20, 1.5082)] and run["broke"] is None and run["above"] == []
-    steps = [1, 10, 20, 30]
-    run = analyze.read_log(write_log(tmp_path, log_lines(steps, [4, 3, 2, 1], seconds_per_step=2.0, speed=512)))
-    np.testing.assert_allclose(run["tokens"], [1024 * s for s in steps])  # 512 tokens/s, 2 s a step
-    np.testing.assert_allclose(run["minutes"], [2 * s / 60 for s in steps])
-    # What train.py states wins over the clock, which also counts validation.
-    head = said("Preset laptop", "910,252 parameters, 70,828 of them the controller's", "bf16: why",
-                "Settings: lr=0.1 rows=x seed=3", "Data: a/b sha256=01ab", "600 steps of 8,192 tokens, from data")
-    tail = said("Above the stories' entropy: 0.0300 nats per token, 3.60 per story | hero 0.10 whom 3.00 rest 0.50")
-    run = analyze.read_log(write_log(tmp_path, head + log_lines(steps, [4, 3, 2, 1], 50, 512) + val_lines(2) + tail))
-    np.testing.assert_allclose(run["tokens"], [8192 * s for s in steps])
-    np.testing.assert_allclose(run["minutes"], [16 * s / 60 for s in steps])
-    shown = " ".join(analyze.title(run).split())  # a title shows the chief settings
-    assert "| Preset laptop | 910,252 parameters, " in shown and "| Settings: lr=0.1 seed=3 | 600 steps of 8," in shown
-    assert run["setup"] == {"lr": "0.1", "rows": "x", "seed": "3"} and run["data"] == {"sha256": "01ab"}
-    assert (run["parameters"], run["dtype"], run["speed"]) == ("910,252", "bf16", 512)
-    assert run["above"] == [(30, 3.6, {"hero": 0.1, "whom": 3.0, "rest": 0.5})]
-
-
-def test_analyze_resumed_run(tmp_path):
-    above = said("Above the stories' entropy: 0.0100 nats per token, 1.00 per story | hero 1.00")
-    lines = log_lines(range(10, 101, 10), [5.0] * 10) + val_lines(4.0) + above + log_lines(range(61, 65), [9.0] * 4) + \
-        log_lines(range(70, 121, 10), [3.0] * 6) + val_lines(2.5) + above
-    run = analyze.read_log(write_log(tmp_path, lines))
-    assert run["step"].tolist() == [10, 20, 30, 40, 50, 60, 61, 62, 63, 64, 70, 80, 90, 100, 110, 120]
-    assert run["loss"].tolist() == [5.0] * 6 + [9.0] * 4 + [3.0] * 6
-    assert run["val"] == [(120, 2.5)], "the validation at step 100 belongs to weights that were lost"
-    assert run["above"] == [(120, 1, {"hero": 1})] and not any("runs in one file" in note for note in run["notes"])
-
-
-@pytest.mark.parametrize("second", [range(20, 61, 20), [1, 20, 40], range(50, 201, 50), [20]])
-def test_analyze_takes_the_last_of_two_runs(tmp_path, second):
-    lines = log_lines(range(20, 301, 20), [5.0] * 15) + val_lines(4.9) + log_lines(second, [3.0] * len(second))
-    run = analyze.read_log(write_log(tmp_path, lines))
-    assert run["step"].tolist() == list(second) and set(run["loss"]) == {3.0} and run["val"] == []
-    assert any(note.startswith("2 runs in one file") for note in run["notes"])
-
-
-def test_analyze_skips_what_is_not_finite_or_torn(tmp_path):
-    lines = log_lines([10, 20, 30, 40], [5, math.nan, math.inf, 4]) + ["\n", "noise\n"] + val_lines(math.nan)
-    lines += [log_lines([50], [3.1234])[0].split("234")[0]]  # cut off within the number: 3.1 would be wrong
-    run = analyze.read_log(write_log(tmp_path, lines))
-    assert run["step"].tolist() == [10, 40] and run["loss"].tolist() == [5, 4] and run["val"] == []
-    assert any(note.startswith("2 rows") for note in run["notes"])
-    for end in (log_lines([90], [math.nan]), said("Stopped: loss nan, gradient norm nan at step 90; x")):
-        v = analyze.verdict(analyze.read_log(write_log(tmp_path, log_lines(range(1, 81), [2.0] * 80) + end)))
-        assert v["verdict"] == "Diverging" and "step 90" in v["why"]
-
-
-@pytest.mark.parametrize("kind", ["Converged", "Still improving", "Diverging"])
-def test_analyze_verdicts(tmp_path, kind):
-    true = {"Converged": 0.0, "Still improving": -0.03, "Diverging": 0.2}[kind]
-    verdicts = [analyze.verdict(analyze.read_log(write_log(tmp_path, log_lines(*loss_curve(kind, seed)))))
-                for seed in range(40)]
-    right, covered = (sum(v["verdict"] == kind for v in verdicts),
-                      sum(abs(v["slope"] - true) <= v["half"] for v in verdicts))
-    assert right >= 38 and covered >= 37, (right, covered)  # the interval is a 98% one
-
-
-def test_analyze_verdict_at_its_limits():
-    s = 20 * np.arange(1, 801)
-    for slope, kind in ((0.0, "Converged"), (0.9e-6, "Converged"), (-0.9e-6, "Converged"),
-                        (-1.1e-6, "Still improving"), (1.1e-6, "Diverging")):  # without noise the threshold decides
-        assert analyze.verdict(dict(step=s, loss=2 + slope * s, broke=None))["verdict"] == kind, slope
-    rng = np.random.default_rng(0)
-    for n in (1, 4, 20, 60):  # at most nine points in the last 15%
-        v = analyze.verdict(dict(step=10 * np.arange(1, n + 1), loss=2 + rng.normal(0, 0.05, n), broke=None))
-        assert (v["verdict"] == "Undecided") == (n < 30) and v["why"].startswith("uncertain") == (n >= 30)
-
-
-def test_analyze_curves():
-    y, span = np.array([3.0, 1.0, 4.0, 1.0]), 3
-    w = (1 - 2 / (span + 1)) ** np.arange(4)[::-1]
-    np.testing.assert_allclose(analyze.ewma(y, span)[-1], (w * y).sum() / w.sum())
-    np.testing.assert_allclose(analyze.ewma(y, 1), y)
-    s = 20 * np.arange(1, 801)
-    e = analyze.efficiency(dict(step=s, loss=1.5 + 25.0 * s**-0.6))
-    assert abs(e["a"] - 1.5) < 0.02 and abs(e["b"] - 25) < 1 and abs(e["c"] - 0.6) < 0.02 and e["r2"] > 0.9999
-    line = analyze.efficiency(dict(step=s, loss=5 - 1e-4 * s))
-    assert abs(line["sei"] - 0.5) < 0.02 and line["a"] >= 0
-    assert abs(line["step"][line["p95"]] / s[-1] - 0.95) < 0.04 and abs(line["step"][line["p99"]] / s[-1] - 0.99) < 0.04
-    early = analyze.efficiency(dict(step=s, loss=np.where(s < 100, 5.0, 1.0)))
-    assert early["sei"] > 0.97 and early["step"][early["p95"]] < 120
-    assert analyze.efficiency(dict(step=s, loss=1 + 1e-4 * s)) is None  # nothing improved
-    assert analyze.efficiency(dict(step=s[:3], loss=np.array([3.0, 2.0, 1.0]))) is None
-
-
-def test_analyze_pictures_of_one_log(tmp_path, monkeypatch, run_analyze):
-    write_log(tmp_path / "out", log_lines(*loss_curve("Still improving")) + val_lines(1.25))
-    monkeypatch.chdir(tmp_path)
-    out = run_analyze()  # out/training.log is the default
-    assert "out: Still improving, slope -0.0" in out and "1.2500" in out
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "convergence_analysis.png", "sample_efficiency.png", "training.log"], "no temporary file may be left"
-    assert {png_width(path) for path in (tmp_path / "out").glob("*.png")} == {1000}
-    for n in (1, 5):  # so short that there is nothing to fit: the points are drawn all the same
-        assert "Undecided" in run_analyze(write_log(tmp_path / f"short{n}", log_lines(range(1, n + 1), [3.0] * n)))
-        assert png_width(tmp_path / f"short{n}" / "convergence_analysis.png") == 1000
-    lines = [line.split(" | Tok/s")[0] + "\n" for line in log_lines(range(1, 31), np.linspace(4, 2, 30))]  # no speeds
-    assert "Still improving" in run_analyze(write_log(tmp_path, lines))
-
-
-def test_analyze_several_logs(tmp_path, monkeypatch, run_analyze):
-    paths = [write_log(tmp_path / name, log_lines(*loss_curve("Converged", i)) + val_lines(1.5 - 0.25 * i))
-             for i, name in enumerate(("first", "second"))]
-    assert "-0.2500" in run_analyze(*paths, "--out", tmp_path / "pictures")
-    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == [
-        "convergence_analysis_first.png", "convergence_analysis_second.png", "sample_efficiency.png"]
-    # Without --out each log's own picture goes beside it, and their comparison beside the first.
-    saved = []
-    monkeypatch.setattr(analyze, "save", lambda fig, folder, name, *_: (saved.append((folder, name)), plt.close(fig)))
-    run_analyze(*paths)
-    folders = [str(tmp_path / name) for name in ("first", "second")]
-    assert saved == [(f, "convergence_analysis.png") for f in folders] + [(folders[0], "sample_efficiency.png")]
-
-
-def test_analyze_global_loss_is_not_called_a_perplexity(tmp_path, monkeypatch, run_analyze):
-    suffix, labels = " | global salience: sees the future, no likelihood", []  # as train.py writes it
-    monkeypatch.setattr(analyze, "save", lambda fig, *_: labels.extend(ax.get_ylabel() for ax in fig.axes))
-    assert "no likelihood" in run_analyze(write_log(tmp_path, log_lines(range(1, 20), [3.0] * 19, suffix=suffix)))
-    assert "perplexity" not in labels and "exp(loss): sees the future, no perplexity" in labels
-
-
-def test_analyze_bad_logs(tmp_path, run_analyze):
-    good = write_log(tmp_path / "good", log_lines(*loss_curve("Converged")))
-    (tmp_path / "empty.log").write_text("")
-    (tmp_path / "foreign.log").write_text("epoch 1 loss 3.0\n" * 10)
-    (tmp_path / "binary.log").write_bytes(bytes(range(256)) * 100)
-    nan = write_log(tmp_path / "nan", log_lines([1, 2], [math.nan] * 2))
-    for bad in ("missing.log", "empty.log", "foreign.log", "binary.log", ".", nan):
-        run_analyze(good, tmp_path / bad, refused=True)
-    assert "--out" in run_analyze(good, "--out", tmp_path / "empty.log", refused=True)
-    assert not list((tmp_path / "good").glob("*.png")), "a bad log beside a good one must leave nothing half done"
-    with pytest.raises(SystemExit) as stop:
-        run_analyze("--no-such-flag")
-    assert stop.value.code == 2
-
-
-def test_analyze_is_quick(tmp_path, run_analyze):
-    s = np.arange(1, 100_001)
-    lines = log_lines(s, 1.5 + 8 * s**-0.3)
-    path = write_log(tmp_path, sum((lines[i : i + 50] + val_lines(2.0) for i in range(0, len(lines), 50)), []))
-    start = time.process_time()  # not the clock on the wall: the machine may be busy
-    run_analyze(path)
-    assert time.process_time() - start < 8
-
-
-def test_analyze_perplexity_ticks():
-    """Whatever the range, the right axis has a few round ticks, each at the height of its loss."""
-    for low, high in ((4.847, 4.893), (1.38, 1.64), (2.23, 2.59), (1, 11), (1, 3.9), (1, 4.1), (0.01, 0.02), (-2, 25)):
-        fig, ax = plt.subplots()
-        ax.set_ylim(low, high)
-        analyze.perplexity_axis(ax, {"future": False})
-        fig.canvas.draw()
-        twin = fig.axes[1]
-        ticks, names = np.array([(x, float(t.get_text().replace(",", ""))) for x, t in zip(
-            twin.get_yticks(), twin.get_yticklabels(), strict=True) if math.exp(low) <= x <= math.exp(high)]).T
-        height = [ax.transData.inverted().transform(twin.transData.transform((0, x)))[1] for x in ticks]
-        assert 4 <= len(ticks) <= 10, (low, high)
-        np.testing.assert_allclose(names, ticks, rtol=1e-4)
-        np.testing.assert_allclose(height, np.log(ticks), atol=1e-6)
-        plt.close(fig)
-
-
-# ---- comparisons over seeds
-
-
-def compared(folder, seed, final, above=None, digest="0123456789ab", every=10, **settings):
-    """A made-up log: three validations, 10 steps apart, fall in a straight line from 4 at step 0 to `final`."""
-    settings = dict(signals="gain,precision,gate", salience="causal", n_embd=128, n_ffn=0, max_steps=3 * every,
-                    lr=0.002, seed=seed) | settings
-    lines = said("2,084,297 parameters, 70,729 of them the controller's", f"Data: data sha256={digest}", "bf16: why",
-                 "Settings: " + " ".join(f"{name}={value}" for name, value in settings.items()))
-    for i in range(3):
-        lines += log_lines(range(i * every + 1, (i + 1) * every + 1), [3.0] * every)
-        lines += val_lines(4 + (final - 4) * (i + 1) / 3)
-        if above:
-            lines += said(f"Above the stories' entropy: 0.0100 nats per token, 5.00 per story | {above[i]}")
-    return write_log(folder / f"{len(list(folder.glob('*')))}", lines)
-
-
-def test_analyze_student_t():
-    for freedom, t in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (7, 2.36462), (60, 2.0003), (1e4, 1.9602)):
-        assert abs(analyze.student_t(0.95, freedom) / t - 1) < 1e-5, freedom
-    assert abs(analyze.student_t(0.98, 5) - 3.36493) < 1e-4
-
-
-def test_analyze_compare(tmp_path, run_analyze):
-    # The first group scatters by 0.2, the pairs' differences (-0.1, -0.2, -0.3) by 0.1: t(2) 0.1 / sqrt(3) = 0.2484.
-    paths = [compared(tmp_path, seed, x) for seed, x in enumerate((2.0, 2.2, 2.4))]
-    paths += [compared(tmp_path, seed, x, signals="none", n_ffn=604) for seed, x in enumerate((1.9, 2.0, 2.1))]
-    paths += [compared(tmp_path, seed, x, salience="reactive") for seed, x in ((7, 2.6), (2, 2.5))]
-    out = run_analyze("--compare", *paths, "--out", tmp_path / "new")
-    assert [line.split() for line in out.splitlines() if "2,084,297" in line] == [line.split() for line in (
-        "signals=all salience=causal n_ffn=0  3  2,084,297  1,000  2.2000  0.2000        -       -       -  30",
-        # The mean falls from 4 by 2 in 30 steps, and so reaches 2.2 after 27.
-        "signals=none n_ffn=604               3  2,084,297  1,000  2.0000  0.1000  -0.2000  0.2484  0.1000  27",
-        "salience=reactive                    2  2,084,297  1,000  2.5500  0.0707  +0.1000       -       -   -")]
-    assert "salience=reactive has no run of seed 0, 1:" in out and "n_ffn=0 has no run of seed 7:" in out
-    assert all(x in out for x in ("scatter by 0.1000", "would by 0.2236", "worth 5 times"))  # sqrt(0.2^2 + 0.1^2)
-    assert "anecdote" in out, "one pair is left of the last group"
-    assert "anecdote" not in run_analyze("--compare", *paths[:6])
-    assert png_width(tmp_path / "new" / "comparison.png") == 1000
-    # The table can be made again from runs.csv.
-    with open(tmp_path / "new" / "runs.csv", newline="") as file:
-        runs = list(csv.DictReader(file))
-    assert [(r["group"], r["seed"], r["val_loss"]) for r in runs[3:]] == [
-        *(("signals=none n_ffn=604", f"{i}", x) for i, x in enumerate(("1.9", "2.0", "2.1"))),
-        ("salience=reactive", "2", "2.5"), ("salience=reactive", "7", "2.6")]
-    assert (runs[0]["parameters"], runs[0]["tokens_per_s"], runs[0]["validations"]) == (
-        "2084297", "1000", "10=3.3333 20=2.6667 30=2.0")
-    assert runs[0]["data"] == "sha256=0123456789ab" and runs[0]["settings"].endswith("seed=0")
-
-
-@pytest.mark.parametrize("settings, word", [(dict(digest="ba9876543210"), "sha256"), (dict(lr=0.001), "lr"),
-                                            (dict(max_steps=60), "max_steps"), (dict(rows="aligned"), "rows"),
-                                            (dict(), "same seed")])
-def test_analyze_compare_refuses(tmp_path, run_analyze, settings, word):
-    paths = [compared(tmp_path, 0, 2.0), compared(tmp_path, 1, 2.0), compared(tmp_path, 0, 1.9, **settings)]
-    assert word in run_analyze("--compare", *paths, refused=True) and not list(tmp_path.glob("*/*.png"))
-
-
-def test_analyze_compare_few_runs(tmp_path, run_analyze):
-    paths = [compared(tmp_path, 0, 2.0), compared(tmp_path, 0, 1.9, n_embd=64)]
-    out = run_analyze("--compare", *paths)
-    assert "One seed is an anecdote" in out
-    assert [line.split()[-4:] for line in out.splitlines() if "n_embd=64" in line] == [["-0.1000", "-", "-", "29"]]
-    with open(paths[1], "a") as file:
-        file.writelines(said("Stopped: loss nan, gradient norm nan at step 31"))
-    out = run_analyze("--compare", *paths)
-    assert f"{paths[1]} is left out, it ends at step 31 of 30" in out and "n_embd" not in out.split("group")[-1]
-    young = [compared(tmp_path, seed, 2.0, max_steps=60) for seed in (0, 1)]
-    assert "is finished" in run_analyze("--compare", *young, refused=True)
-    old = write_log(tmp_path / "old", log_lines([10, 20], [3, 2]) + val_lines(2))
-    assert "does not name its settings" in run_analyze("--compare", old, refused=True)
-
-
-def test_analyze_learned(tmp_path, run_analyze):
-    parts = [dict(hero=h, goal=g, rest=r) for h, g, r in ((2, 2, 9), (0.4, 2, 0.1), (0.6, 0.51, 0.1), (0.49, 0.5, 0))]
-    above = [(100 * i, 5.0, part) for i, part in enumerate(parts, 1)]
-    assert analyze.learned(above) == {"hero": 400, "goal": math.inf}  # step 200 did not last; 0.5 is not below 0.5
-    assert analyze.learned(above[:2]) == {"hero": 200, "goal": math.inf} and analyze.learned([]) == {}
-    paths = [compared(tmp_path, seed, 2.0, [f"hero {h} goal {g} rest 1" for h, g in zip(*nats, strict=True)])
-             for seed, nats in enumerate((([2, 0.4, 0.3], [2, 2, 2]), ([2, 2, 0], [2, 2, 0]), ([0, 0, 0], [2, 2, 2])))]
-    rows = run_analyze("--compare", *paths).split("learned")[1].splitlines()[3:6]
-    assert [row.split()[-2:] for row in rows] == [["20", "never"], ["10", "30"], ["30", "never"]]
-
-
-def test_analyze_compare_is_quick(tmp_path, run_analyze):
-    paths = [compared(tmp_path, i // 5, 2 + 0.01 * i, every=200, n_ffn=i % 5) for i in range(40)]
-    start = time.process_time()
-    run_analyze("--compare", *paths)
-    assert time.process_time() - start < 15
-
-
-# ---- models
-
-
-def scan_model(seed=0, spread=0.5, **config):
-    torch.manual_seed(seed)
-    sizes = dict(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=16, ncn_hidden=8, dropout=0.0)
-    model = ModulatedLM(NCNConfig(**{**sizes, **config})).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(spread * torch.randn_like(p))
-    return model
-
-
-def scan_data(folder, meta):
-    """A data folder as prepare.py leaves it: 40 stories of random bytes of 40 to 80 tokens."""
-    rng = np.random.default_rng(0)
-    ids = np.concatenate([[*rng.integers(97, 123, rng.integers(40, 80)), 256] for _ in range(40)]).astype("<u2")
-    folder.mkdir(parents=True, exist_ok=True)
-    ids.tofile(folder / "val.bin")
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder
-
-
-BYTES = {"tokenizer": "bytes", "vocab_size": 257}
-
-
-def random_batch(*shape, seed=0):
-    return torch.randint(257, (2, *shape), generator=torch.Generator().manual_seed(seed))  # ids and targets
-
-
-def test_analyze_variance_shares():
-    rng = np.random.default_rng(0)
-    n, t = 60, 50
-    story, place, token = rng.normal(size=(n, 1, 1, 1)), rng.normal(size=(1, t, 1, 1)), rng.normal(size=(n, t, 1, 1))
-    for weights in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 2, 1)):
-        parts = [w * x / x.std() for w, x in zip(weights, (story, place, token), strict=True)]
-        share = analyze.variance_shares(sum(parts) + np.zeros((n, t, 2, 3)))
-        want = np.square(weights) / np.square(weights).sum()
-        assert share.shape == (3, 2, 3) and np.abs(share.sum(0) - 1).max() < 1e-9
-        assert np.abs(share - want[:, None, None]).max() < 0.03, weights
-    # Pure noise of few stories and positions: the means' own chance variance must not count as theirs.
-    noise = analyze.variance_shares(rng.normal(size=(12, 10, 500, 3)))
-    assert noise[0].mean() < 0.045 and noise[1].mean() < 0.045  # uncorrected: 1/10 and 1/12 of the whole
-    assert np.isfinite(analyze.variance_shares(np.ones((n, t, 2, 3)))).all()  # a signal that never moves
-
-
-def test_analyze_attention_entropy():
-    ids, model = random_batch(1, 20)[0], scan_model()
-    entropy = analyze.attention_entropy(model, ids)
-    assert entropy.shape == (2, 2, 2, 20) and np.abs(entropy[..., 0]).max() < 1e-6  # one token: nowhere else to look
-    rises = model.signals(ids)[0, :, :, 1].T.numpy()[:, None] < 1  # (L, 1, T)
-    assert rises.any() and not rises.all()
-    assert np.where(rises, entropy[0] >= entropy[1] - 1e-5, entropy[0] <= entropy[1] + 1e-5).all()
-    # Independently: row by row from the first block's weights. And without queries attention is even.
-    with torch.no_grad():
-        q, k, _ = model.blocks[0].qkv(model.blocks[0].attn_norm(model.embeddings(ids))).double().chunk(3, -1)
-        beta = model.signals(ids)[0, :, 0, 1].double()
-        for head, t, (j, scale) in itertools.product(range(2), range(20), enumerate((beta, torch.ones(20)))):
-            part = slice(8 * head, 8 * head + 8)
-            p = (scale[t] * (k[0, : t + 1, part] @ q[0, t, part]) / math.sqrt(8)).softmax(0)
-            assert abs(entropy[j, 0, head, t] + float((p * p.log()).sum())) < 1e-4
-        model.blocks[1].qkv.weight[:16] = 0
-    np.testing.assert_allclose(analyze.attention_entropy(model, ids)[:, 1], np.log(np.arange(1, 21)) +
-                               np.zeros((2, 2, 20)), atol=1e-5)
-
-
-@pytest.mark.parametrize("salience", ["causal", "global", "reactive"])
-def test_analyze_ablations(salience):
-    model = scan_model(salience=salience)
-    batches = [random_batch(2, 32, seed=seed).unbind() for seed in range(3)]
-    loss, s = analyze.ablations(model, batches)
-    names = [f"{name} {how}" for how in ("mean", "neutral") for name in (*SIGNALS, "all")]
-    assert list(loss) == ["as trained", *names, *["prefix only"] * (salience == "global")]
-    plain = ModulatedLM(NCNConfig(**{**vars(model.config), "signals": ()})).eval()
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("controller")})
-    with torch.no_grad():
-        for i, (x, y) in enumerate(batches):
-            assert abs(loss["as trained"][i] - model(x, y).task.item()) < 1e-6
-            assert abs(loss["all neutral"][i] - plain(x, y).task.item()) < 1e-5
-            if salience == "global":
-                assert abs(loss["prefix only"][i] - model(x, y, salience="causal").task.item()) < 1e-6
-                assert abs(loss["prefix only"][i] - loss["as trained"][i]) > 1e-5
-    # One at a time: pinning the gate leaves gain and precision alone, so it differs from pinning all.
-    assert len({round(float(v[0]), 6) for v in loss.values()}) == len(loss)
-    # Padding has signals, but they count nowhere.
-    batches[0][1][1, 20:] = -1
-    padded = analyze.ablations(model, batches)[1]
-    assert s.shape == (192, 2, 3) and torch.equal(padded, torch.cat([s[:52], s[64:]]))
-    # A controller that never moves is worth nothing beyond its mean.
-    with torch.no_grad():
-        model.controller.layer2.weight.zero_()
-    loss, _ = analyze.ablations(model, batches)
-    assert all(np.abs(loss[f"{name} mean"] - loss["as trained"]).max() < 1e-5 for name in SIGNALS)
-    only = analyze.ablations(scan_model(signals=("gate",)), batches)[0]
-    assert list(only) == ["as trained", "gate mean", "gate neutral"]
-
-
-@pytest.mark.parametrize("signal, silent", [("gain", ("attn", "qkv", "ffn")), ("gate", ("ffn",))])
-def test_analyze_closed_branches_get_no_gradient(signal, silent):
-    """Gradient shielding (Eq. 17) at its limit: gain 0 (or gate 0) shields a branch's weights exactly."""
-    model = scan_model()
-
-    def close(signals):
-        signals = signals.clone()
-        signals[:, :, 1, SIGNALS.index(signal)] = 0
-        return signals
-
-    model(*random_batch(2, 32), edit=close).task.backward()
-    for layer, block in enumerate(model.blocks):
-        for name, p in block.named_parameters():
-            closed = layer == 1 and name.startswith(silent)
-            assert closed == (p.grad is None or p.grad.count_nonzero() == 0), (layer, name)
-
-
-def test_analyze_gradients_and_shielding():
-    model, (x, y) = scan_model(), random_batch(5, 16)
-    signals, norms, losses = analyze.gradients(model, x, y)
-    assert signals.shape == (5, 2, 3) and norms.shape == (5, 2, 2)
-    assert (norms[..., 0] > norms[..., 1]).all() and all(p.grad is None for p in model.parameters())
-    loss = model(x[3:4], y[3:4]).task
-    loss.backward()
-    ffn = [p.grad.flatten() for name, p in model.blocks[1].named_parameters() if name.startswith("ffn_")]
-    np.testing.assert_allclose((torch.cat(ffn).norm().item(), loss.item()), (norms[3, 1, 1], losses[3]), rtol=1e-5)
-    np.testing.assert_allclose(signals[3], model.signals(x[3:4])[0].mean(0).numpy(), rtol=1e-5)
-    # A norm that is the signal times a constant correlates perfectly; a constant signal has no correlation.
-    signals[:, 0, 2] = 1.0
-    r = analyze.shielding(signals, 3 * signals[..., [0, 2]])
-    assert np.isnan(r[0, 1]) and np.allclose(r[[0, 1, 1], [0, 0, 1]], 1)
-
-
-@pytest.mark.parametrize("config", [{"salience": "global"}, {"signals": ("precision",)}])
-def test_analyze_scan_and_audit(tmp_path, monkeypatch, run_analyze, config):
-    scan_data(tmp_path / "data", BYTES)
-    (tmp_path / "out").mkdir()
-    rows = "aligned" if "signals" in config else "contiguous"
-    scan_model(**config).save(tmp_path / "out" / "ckpt_best.pt", data=BYTES, settings={"rows": rows}, step=7)
-    monkeypatch.chdir(tmp_path)
-    out = run_analyze("--scan", "He paid $5,\nbut it was empty.", "--audit")
-    for words in ("Specialisation", "Phasic", "story (tonic) / position / token", "Attention entropy", "as trained",
-                  "gate below 0.5", "Gradient shielding"):
-        assert words in out, words
-    assert ("the leak is" in out) == (config.get("salience") == "global")
-    assert [(path.stem, png_width(path)) for path in sorted((tmp_path / "out").glob("*.png"))] == [
-        ("attention_entropy", 1000), ("audit", 1000), ("brain_scan", 1000)]
-    # Without validation stories the scan still works, and says what it leaves out.
-    monkeypatch.setattr(analyze, "save", lambda fig, *_: plt.close(fig))
-    out = run_analyze("--scan", "x" * 50, "--data", "nowhere")
-    assert "Only the first 32" in out and "No shares" in out
-
-
-def test_analyze_refuses_models_and_data(tmp_path, run_analyze):
-    ckpt, no = tmp_path / "ckpt.pt", functools.partial(run_analyze, "--ckpt", tmp_path / "ckpt.pt", refused=True)
-    data = scan_data(tmp_path / "data", BYTES)
-    assert "ckpt.pt" in no("--audit")
-    scan_model(signals=()).save(ckpt, data=BYTES)
-    assert "no controller" in no("--scan", "Hello") and "no controller" in no("--audit", "--data", data)
-    scan_model().save(ckpt, data=BYTES)
-    assert "no tokens" in no("--scan", "")
-    assert "not trained on the demo" in no("--memory", "--data", data)
-    assert "--data" in no("--audit", "--data", scan_data(data, {"tokenizer": "gpt2", "vocab_size": 50257}))
-    words = {"tokenizer": "words", "vocab_size": 258, "vocabulary": ["one"]}
-    scan_model(vocab_size=258).save(ckpt, data=words)
-    assert "--data" in no("--audit", "--data", scan_data(data, words | {"vocabulary": ["two"]}))
-    (data / "meta.json").write_text("{")
-    no("--audit", "--data", data)
-    no("--audit", "--data", tmp_path / "nowhere")
-
-
-def test_analyze_labels():
-    tokenizer = prepare.tokenizer_of(BYTES)
-    assert [analyze.label(t, tokenizer) for t in b" a\n$"] == ["·", "a", "↵", "$"]
-    assert len(analyze.label(200, tokenizer)) == 1  # a byte that is no text by itself
-
-
-# ---- memory
-
-
-def demo_data(folder, **config):
-    """20 demo stories in words as validation data, and a model that knows nothing -> stories, tokenizer, model."""
-    meta = {"tokenizer": "words", "entropy_nats_per_story": prepare.entropy()}
-    tokenizer = prepare.tokenizer_of(meta)
-    meta["vocab_size"] = tokenizer.n_vocab
-    rng = random.Random(0)
-    stories = [prepare.tell(rng) for _ in range(20)]
-    ids = [token for text, _ in stories for token in (*tokenizer.encode_ordinary(text), tokenizer.eot_token)]
-    scan_data(folder / "data", meta)
-    np.array(ids, "<u2").tofile(folder / "data" / "val.bin")
-    (folder / "out").mkdir()
-    model = scan_model(vocab_size=tokenizer.n_vocab, block_size=160, **config)
-    model.save(folder / "out" / "ckpt_best.pt", data=meta)
-    return stories, tokenizer, model
-
-
-def test_analyze_loss_above_the_entropy(tmp_path):
-    stories, tokenizer, model = demo_data(tmp_path, salience="global")
-    tokens = np.fromfile(tmp_path / "data" / "val.bin", "<u2")
-    above = analyze.above_entropy(model, tokens, tokenizer)
-    # Story by story: all in all; and at the colours, of which there are six, by their words.
-    total = colour = 0
-    for text, nats in stories:
-        story = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(text), tokenizer.eot_token]])
-        with torch.no_grad():
-            loss = F.cross_entropy(model(story[:, :-1], salience="causal")[0], story[0, 1:], reduction="none").tolist()
-        total += sum(loss) - nats
-        colour += sum(x for x, token in zip(loss, story[0, 1:].tolist(), strict=True)
-                      if tokenizer.decode([token]).strip() in prepare.GRAMMAR["color"].split("|"))
-    np.testing.assert_allclose(above.sum(), total / 20, rtol=1e-5)
-    np.testing.assert_allclose(above[list(prepare.SLOTS).index("colour")], colour / 20 - math.log(6), rtol=1e-5)
-
-
-def test_analyze_memory(tmp_path, monkeypatch, run_analyze):
-    """Told stories with wrong words put in by hand, in place of what a model writes: the counts are exact."""
-    _, tokenizer, _ = demo_data(tmp_path, signals=())
-    rng, texts, heroes, colours, strange = random.Random(1), [], set(range(10)), set(range(7, 21)), set(range(30, 36))
-    for i in range(200):
-        text, _ = prepare.tell(rng)
-        for slot, wrong, which in (("name", ("Lily", "Sam"), heroes), ("color", ("red", "blue"), colours)):
-            if i in which:  # the last mention is another one than the first
-                *_, (_, start, end, word, _) = (m for m in prepare.read_back(text) if m[0] == slot)
-                text = text[:start] + wrong[word == wrong[0]] + text[end:]
-        text = text[: text.rindex(" ")] + " quokka." if i in strange else text
-        texts.append(tokenizer.encode_ordinary(text) + [tokenizer.eot_token])
-    width = max(map(len, texts)) - 1
-    endless = {i for i, text in enumerate(texts) if len(text) > width}  # whole stories, but for their END
-
-    def generate(model, ids, most, temperature, top_k, top_p, seed, end_token):
-        assert (ids == end_token).all() and len(ids) == 200 and most > width
-        assert (temperature, top_k, top_p, end_token) == (0.5, 0, 1, tokenizer.eot_token)
-        return torch.cat([ids, torch.tensor([(text + [end_token] * width)[:width] for text in texts])], 1)
-
-    monkeypatch.setattr(analyze, "generate", generate)
-    monkeypatch.chdir(tmp_path)
-    out = run_analyze("--memory")
-    rows = {line[:12].strip(): line[12:].split() for line in out.splitlines()}
-    told = set(range(200)) - strange - endless
-    assert endless and f"(temperature 0.5) {len(told)} are stories" in out
-    kept = {slot: int(rows[slot][0]) for slot in (*prepare.SLOTS, "all of these")}
-    assert kept == dict.fromkeys(prepare.SLOTS, len(told)) | {
-        "hero": len(told - heroes), "colour": len(told - colours), "all of these": len(told - heroes - colours)}
-    assert rows["hero"][1] == f"{kept['hero'] / 200:.1%}"
-    parts = [float(rows[slot][-1]) for slot in (*prepare.SLOTS, "the rest")]
-    assert abs(sum(parts) - float(rows["whole story"][-1])) < 0.05 and "No memory.png" in out
-    # With the log of a training beside it, the picture.
-    lines = [f"hero {h} " + " ".join(f"{slot} 2" for slot in [*prepare.SLOTS][1:]) + " rest 1" for h in (2, 0.4, 0.1)]
-    os.replace(compared(tmp_path, 0, 2.0, lines), tmp_path / "out" / "training.log")
-    labels = []
-    save = analyze.save
-    monkeypatch.setattr(analyze, "save", lambda fig, *where: (
-        labels.extend(text.get_text() for text in fig.legends[0].texts), save(fig, *where)))
-    run_analyze("--memory")
-    assert png_width(tmp_path / "out" / "memory.png") == 1000
-    assert labels[:3] == ["whole story", "hero: learned at step 20", "friend: not learned"]

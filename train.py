@@ -53,7 +53,7 @@ HELP = {
     "n_layer": "Transformer blocks",
     "n_head": "attention heads per block",
     "n_embd": "width of the model",
-    "n_ffn": "hidden width of the FFN; 0: 4 n_embd. Gives a static model the parameters of a controller",
+    "n_ffn": "hidden width of the FFN; 0: 4 n_embd",
     "dropout": "share of embeddings and branch outputs dropped in training",
     "ncn_hidden": "hidden width of the controller",
     "ncn_heads": "heads of the controller's salience pooling",
@@ -61,10 +61,8 @@ HELP = {
     "signals": "signals the controller drives, with commas; none: no controller, the plain Transformer",
     "salience": "what the controller sees: causal (the past), global (the past and the future, as the paper trains), "
                 "reactive (one token), constant (nothing: three learned numbers per layer)",
-    "start": "where the signals start: neutral (1), or zero (biases of 0, as in the authors' code: precision 0.70, "
-             "gate 0.5)",
-    "rows": "contiguous: the text cut every block_size tokens; aligned: each row begins where a story begins "
-            "(BOS-aligned) and ends where it ends, shorter ones padded without loss",
+    "start": "of the signals: neutral (1), or zero (biases of 0 as in the authors' code: precision 0.70, gate 0.5)",
+    "rows": "contiguous: the text cut every block_size tokens; aligned: a story each (BOS-aligned), padded",
     "batch_size": "rows per micro-batch",
     "grad_accum": "micro-batches per optimizer step, over all processes",
     "max_steps": "optimizer steps; 0: one epoch",
@@ -92,10 +90,8 @@ def arguments():
     add("--resume", action="store_true", help="go on from OUT/ckpt_latest.pt with its settings")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="of the matrix products; auto: bf16 where it is fast, else fp16 on a GPU, fp32 on a CPU")
-    add("--checkpoint_blocks", action="store_true",
-        help="keep only each block's input and compute the rest twice: less memory, more work")
-    add("--compile", action="store_true", help="torch.compile the model: minutes to start; made for GPUs, on a CPU it "
-                                               "was slower")
+    add("--checkpoint_blocks", action="store_true", help="keep each block's input alone: less memory, more work")
+    add("--compile", action="store_true", help="torch.compile the model: minutes to start, and slower on a CPU")
     add("--bench", action="store_true", help="train nothing: time steps with and without the controller")
     for name, text in HELP.items():
         default = f"{PAPER[name]}" if PAPER[name] == LAPTOP[name] else f"paper {PAPER[name]}, laptop {LAPTOP[name]}"
@@ -165,14 +161,14 @@ def choose_dtype(device, model, x, y):
             return "bf16", "this GPU has bf16 units"
         return "fp16", "this GPU has no bf16 units; losses are scaled"
 
-    def speedup(fp32, bf16):
-        fp32(), bf16()  # warm up
-        return min(timed(fp32) for _ in range(3)) / min(timed(bf16) for _ in range(3))
-
     def step(enabled):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             model(x, y).total.backward()
         model.zero_grad()
+
+    def speedup(fp32, bf16):
+        fp32(), bf16()  # warm up
+        return min(timed(fp32) for _ in range(3)) / min(timed(bf16) for _ in range(3))
 
     # Without bf16 units a bf16 product can be a hundred times slower: a small one first, the model only if it pays.
     a = torch.randn(256, 256)
@@ -185,10 +181,6 @@ def choose_dtype(device, model, x, y):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, after the state was saved; status is the shell's, 128 + the signal's number."""
 
 
 def learning_rate(step, s):
@@ -364,7 +356,7 @@ def train(args):
         if number:  # the step under way is dropped: its gradients touched neither weights nor optimizer
             save(latest)
             log(f"Interrupted after step {step}: saved {latest}, go on with --resume")
-            raise Interrupted(128 + int(number))
+            raise SystemExit(128 + int(number))  # the shell's status of a signal
 
     for note in notes:
         log(note)
@@ -424,7 +416,8 @@ def train(args):
             if not math.isfinite(task) or not healthy:
                 left = f"the last good checkpoint is {latest}" if os.path.exists(latest) else "there is no checkpoint"
                 log(f"Stopped: loss {task}, gradient norm {norm.item()} at step {step}")
-                raise FloatingPointError(f"loss or gradient not finite at step {step}; {left}; try a lower --lr")
+                fail(f"loss or gradient not finite at step {step}; {left}; try a lower --lr")
+                raise SystemExit(1)
             now = time.perf_counter()
             epoch, place = divmod(step * s["grad_accum"] - 1, per_epoch)
             scale = scaler.get_scale() if scaler.is_enabled() else 1.0
@@ -539,11 +532,6 @@ def main():
     try:
         args = arguments()
         bench(args) if args.bench else train(args)
-    except Interrupted as stop:
-        return stop.args[0]
-    except FloatingPointError as error:
-        fail(error)
-        return 1
     except (ValueError, OSError) as error:
         return fail(error)
     finally:
