@@ -24,7 +24,6 @@ import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tiktoken
@@ -687,8 +686,8 @@ def by_the_paper(model, ids):
         hidden = torch.tanh(u @ p["controller.layer1.weight"].T + p["controller.layer1.bias"])
         z = (hidden @ p["controller.layer2.weight"].T + p["controller.layer2.bias"]).view(B, T, c.n_layer, 3)
         every = (2 * z[..., 0].sigmoid(), (F.softplus(z[..., 1]) + 0.01).clamp(max=4), z[..., 2].sigmoid())
-        s = torch.stack([signal if name in c.signals else torch.ones_like(signal)
-                         for signal, name in zip(every, SIGNALS, strict=True)], -1)
+        s = torch.stack([its if name in c.signals else torch.ones_like(its)
+                         for its, name in zip(every, SIGNALS, strict=True)], -1)
         homeostatic = c.homeostatic_lambda * sum((s[..., i] - 1).square().mean() for i in range(3))
     for i in range(c.n_layer):
         w = {k.removeprefix(f"blocks.{i}."): v for k, v in p.items() if k.startswith(f"blocks.{i}.")}
@@ -2247,3 +2246,465 @@ def test_sampling_refuses(trained, tmp_path, capsys, monkeypatch):
     for odd in ({"model": 3}, {"weights": torch.ones(2)}, [1], odd_model):
         torch.save(odd, tmp_path / "odd.pt")
         assert "no NCN model" in refuse("--ckpt", tmp_path / "odd.pt")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Analysis
+
+AUTHORS_LOG = """\
+2025-12-05 08:23:35,567 [INFO] Step: 20 | Ep: 1 [80/63518 (0.1%)] | Loss: 9.9924 | Reg: 0.0034 | PPL: 21860.27 | \
+LR: 1.20e-04 | Scale: 65536.0 | Tok/s: 2493
+2025-12-07 18:57:00,151 [INFO] Validation Result: Loss: 1.5082 | Perplexity: 4.5184
+"""
+
+
+def said(*texts):
+    return [f"2025-12-05 09:00:00,000 [INFO] {text}\n" for text in texts]
+
+
+def log_lines(steps, losses, seconds_per_step=1.0, speed=1000, suffix=""):
+    times = [datetime(2025, 12, 5, 8) + timedelta(seconds=seconds_per_step * int(s)) for s in steps]
+    return [f"{t:%Y-%m-%d %H:%M:%S},{t.microsecond // 1000:03d} [INFO] Step: {s} | Ep: 1 [{s}/9 (1.0%)] | "
+            f"Loss: {x:.4f} | Reg: 0.0001 | PPL: 1.00 | LR: 1.20e-04 | Scale: 1.0 | Tok/s: {speed}{suffix}\n"
+            for t, s, x in zip(times, steps, losses, strict=True)]
+
+
+def val_lines(loss):
+    return said(f"Validation Result: Loss: {loss:.4f} | Perplexity: 1.0000")
+
+
+def write_log(folder, lines):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "training.log").write_text("".join(lines), encoding="utf-8")
+    return str(folder / "training.log")
+
+
+def read_lines(folder, *lines):
+    return analyze.read_log(write_log(folder, itertools.chain(*lines)))
+
+
+def loss_curve(kind, seed=0):
+    """Synthetic logs: 800 points, noise 0.05, one point every 20 steps as in the authors' log."""
+    s = 20 * np.arange(1, 801)
+    y = 1.5 + 8 * np.exp(-s / 700) + np.random.default_rng(seed).normal(0, 0.05, len(s))
+    return s, y + {"Converged": 0 * s, "Still improving": -3e-5 * s, "Diverging": 2e-4 * np.maximum(s - 12000, 0)}[kind]
+
+
+@pytest.fixture
+def run_analyze(monkeypatch, capsys):
+    """analyze.py with these arguments -> what it prints; with refused=True the one line in which it refuses."""
+    def run(*args, refused=False):
+        monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, args)])
+        status = analyze.main()
+        out, err = capsys.readouterr()
+        assert (status, bool(err)) == ((2, True) if refused else (0, False)), err
+        assert not err or err.count("\n") == 1 and err.startswith("analyze.py: ") and "wrote" not in out, err
+        return err or out
+    return run
+
+
+def pictures(folder):
+    """The names of the files in a folder but its logs and checkpoints; PNGs are 1000 pixels wide, by their headers."""
+    for path in folder.glob("*.png"):
+        data = path.read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20], "big") == 1000
+    return sorted(path.name for path in folder.iterdir() if path.suffix not in (".log", ".pt"))
+
+
+def test_analyze_reads_logs(tmp_path):
+    run = read_lines(tmp_path / "theirs", AUTHORS_LOG)
+    assert [run[key] for key in ("name", "val", "above", "broke")] == ["theirs", [(20, 1.5082)], [], None]
+    assert run["step"].tolist() == [20] and run["loss"].tolist() == [9.9924]
+    steps = [1, 10, 20, 30]
+    run = read_lines(tmp_path, log_lines(steps, [4, 3, 2, 1], seconds_per_step=2.0, speed=512))
+    np.testing.assert_allclose([run["tokens"], run["minutes"]], np.outer([1024, 2 / 60], steps))  # 2 s each
+    # What train.py states wins over the clock, which also counts validation.
+    head = said("Preset laptop", "910,252 parameters, 70,828 of them the controller's", "bf16: why",
+                "Settings: lr=0.1 rows=x seed=3", "Data: a/b sha256=01ab", "600 steps of 8,192 tokens, from data")
+    tail = said("Above the stories' entropy: 0.0300 nats per token, 3.60 per story | hero 0.10 whom 3.00 rest 0.50")
+    run = read_lines(tmp_path, head, log_lines(steps, [4, 3, 2, 1], 50, 512), val_lines(2), tail)
+    np.testing.assert_allclose([run["tokens"], run["minutes"]], np.outer([8192, 16 / 60], steps))
+    shown = " ".join(analyze.title(run).split())  # a title shows the chief settings
+    assert "| Preset laptop | 910,252 parameters, " in shown and "| Settings: lr=0.1 seed=3 | 600 steps of 8," in shown
+    assert [run[key] for key in ("setup", "data", "parameters", "dtype", "speed", "above")] == [
+        {"lr": "0.1", "rows": "x", "seed": "3"}, {"sha256": "01ab"}, "910,252", "bf16", 512,
+        [(30, 3.6, {"hero": 0.1, "whom": 3.0, "rest": 0.5})]]
+
+
+def test_analyze_resumed_repeated_and_broken_runs(tmp_path):
+    above = said("Above the stories' entropy: 0.0100 nats per token, 1.00 per story | hero 1.00")
+    run = read_lines(tmp_path, log_lines(range(10, 101, 10), [5] * 10), val_lines(4), above, log_lines(
+        range(60, 65), [9] * 5), log_lines(range(70, 121, 10), [3] * 6), val_lines(2.5), above)
+    assert run["step"].tolist() == [10, 20, 30, 40, 50, 60, 61, 62, 63, 64, 70, 80, 90, 100, 110, 120]
+    assert run["loss"].tolist() == [5] * 5 + [9] * 5 + [3] * 6
+    assert run["val"] == [(120, 2.5)], "the validation at step 100 belongs to weights that were lost"
+    assert run["above"] == [(120, 1, {"hero": 1})] and not any("runs in one file" in note for note in run["notes"])
+    for second in (range(20, 61, 20), [1, 20, 40], range(50, 201, 50), [20]):  # begun afresh: the last run counts
+        run = read_lines(tmp_path, log_lines(range(20, 301, 20), [5] * 15), val_lines(4.9),
+                         log_lines(second, [3] * len(second)))
+        assert run["step"].tolist() == list(second) and set(run["loss"]) == {3} and run["val"] == []
+        assert any(note.startswith("2 runs in one file") for note in run["notes"])
+    torn = log_lines([50], [3.1234])[0].split("234")[0]  # cut off within the number: 3.1 would be wrong
+    run = read_lines(tmp_path, log_lines([10, 20, 30, 40], [5, math.nan, math.inf, 4]), "\nnoise\n",
+                     val_lines(math.nan), torn)
+    assert run["step"].tolist() == [10, 40] and run["loss"].tolist() == [5, 4] and run["val"] == []
+    assert any(note.startswith("2 rows") for note in run["notes"])
+    for end in (log_lines([90], [math.nan]), said("Stopped: loss nan, gradient norm nan at step 90; x")):
+        v = analyze.verdict(read_lines(tmp_path, log_lines(range(1, 81), [2.0] * 80), end))
+        assert v["verdict"] == "Diverging" and "step 90" in v["why"]
+
+
+def test_analyze_verdicts(tmp_path):
+    for kind, true in (("Converged", 0.0), ("Still improving", -0.03), ("Diverging", 0.2)):
+        verdicts = [analyze.verdict(read_lines(tmp_path, log_lines(*loss_curve(kind, seed)))) for seed in range(40)]
+        assert sum(v["verdict"] == kind for v in verdicts) >= 38
+        assert sum(abs(v["slope"] - true) <= v["half"] for v in verdicts) >= 37  # the interval is a 98% one
+    s = 20 * np.arange(1, 801)
+    for slope, kind in ((-0.9e-6, "Converged"), (-1.1e-6, "Still improving"), (1.1e-6, "Diverging")):  # no noise
+        assert analyze.verdict(dict(step=s, loss=2 + slope * s, broke=None))["verdict"] == kind, slope
+    rng = np.random.default_rng(0)
+    for n in (1, 4, 20, 60):  # at most nine points in the last 15%
+        v = analyze.verdict(dict(step=10 * np.arange(1, n + 1), loss=2 + rng.normal(0, 0.05, n), broke=None))
+        assert (v["verdict"] == "Undecided") == (n < 30) and v["why"].startswith("uncertain") == (n >= 30)
+
+
+def test_analyze_curves():
+    for confidence, freedom, t in ((0.95, 1, 12.7062), (0.95, 2, 4.30265), (0.95, 60, 2.0003), (0.98, 5, 3.36493)):
+        assert abs(analyze.student_t(confidence, freedom) / t - 1) < 2e-5, freedom
+    y = np.array([3.0, 1.0, 4.0])
+    np.testing.assert_allclose(analyze.ewma(y, 3), [3, 5 / 3, 21 / 7])  # weights 1, 1/2, 1/4
+    np.testing.assert_allclose(analyze.ewma(y, 1), y)
+    s = 20 * np.arange(1, 801)
+    e = analyze.efficiency(dict(step=s, loss=1.5 + 25.0 * s**-0.6))
+    assert abs(e["a"] - 1.5) < 0.02 and abs(e["b"] - 25) < 1 and abs(e["c"] - 0.6) < 0.02 and e["r2"] > 0.9999
+    line = analyze.efficiency(dict(step=s, loss=5 - 1e-4 * s))
+    assert abs(line["sei"] - 0.5) < 0.02 and line["a"] >= 0
+    np.testing.assert_allclose(line["step"][[line["p95"], line["p99"]]] / s[-1], [0.95, 0.99], atol=0.04)
+    early = analyze.efficiency(dict(step=s, loss=np.where(s < 100, 5.0, 1.0)))
+    assert early["sei"] > 0.97 and early["step"][early["p95"]] < 120
+    for loss in (1 + 1e-4 * s, np.array([3.0, 2.0, 1.0])):  # nothing improved, too short
+        assert analyze.efficiency(dict(step=s[: len(loss)], loss=loss)) is None
+
+
+def test_analyze_pictures_of_logs(tmp_path, monkeypatch, run_analyze):
+    write_log(tmp_path / "out", log_lines(*loss_curve("Still improving")) + val_lines(1.25))
+    monkeypatch.chdir(tmp_path)
+    out = run_analyze()  # out/training.log is the default
+    assert "out: Still improving, slope -0.0" in out and "1.2500" in out
+    assert pictures(tmp_path / "out") == ["convergence_analysis.png", "sample_efficiency.png"], "and no temporary file"
+    for n in (1, 5):  # so short that there is nothing to fit: the points are drawn all the same
+        assert "Undecided" in run_analyze(write_log(tmp_path / f"short{n}", log_lines(range(1, n + 1), [3.0] * n)))
+        assert pictures(tmp_path / f"short{n}") == ["convergence_analysis.png"]
+    lines = [line.split(" | Tok/s")[0] + "\n" for line in log_lines(range(1, 31), np.linspace(4, 2, 30))]  # no speeds
+    assert "Still improving" in run_analyze(write_log(tmp_path, lines))
+    paths = [write_log(tmp_path / name, log_lines(*loss_curve("Converged", i)) + val_lines(1.5 - 0.25 * i))
+             for i, name in enumerate(("first", "second"))]
+    assert "-0.2500" in run_analyze(*paths, "--out", tmp_path / "new")
+    assert pictures(tmp_path / "new") == [
+        "convergence_analysis_first.png", "convergence_analysis_second.png", "sample_efficiency.png"]
+    # Without --out each log's own picture goes beside it, and their comparison beside the first.
+    run_analyze(*paths)
+    assert pictures(tmp_path / "first") == ["convergence_analysis.png", "sample_efficiency.png"]
+    assert pictures(tmp_path / "second") == ["convergence_analysis.png"]
+    # The right axis shows exp(loss) at the loss's own ticks, and calls it no perplexity where it sees the future.
+    axes = []  # ylim, label, what stands at 2.5
+    monkeypatch.setattr(analyze, "save", lambda fig, *_: axes.extend(
+        (ax.get_ylim(), ax.get_ylabel(), ax.yaxis.get_major_formatter()(2.5, 0)) for ax in fig.axes))
+    future = "exp(loss): sees the future, no perplexity"
+    for suffix, name in (("", "perplexity"), (" | global salience: sees the future, no likelihood", future)):
+        axes.clear()
+        out = run_analyze(write_log(tmp_path, log_lines(range(1, 20), [3.0] * 19, suffix=suffix)))
+        assert axes[2:] == [(ylim, name, "12.182") for ylim, *_ in axes[:2]] and ("likelihood" in out) == bool(suffix)
+
+
+def test_analyze_bad_logs(tmp_path, run_analyze):
+    good = write_log(tmp_path / "good", log_lines(*loss_curve("Converged")))
+    for name, content in (("empty", b""), ("foreign", b"epoch 1 loss 3\n"), ("binary", bytes(range(256)) * 100)):
+        (tmp_path / f"{name}.log").write_bytes(content)
+    nan = write_log(tmp_path / "nan", log_lines([1, 2], [math.nan] * 2))
+    for bad in ("missing.log", "empty.log", "foreign.log", "binary.log", ".", nan):
+        assert (tmp_path / bad).name in run_analyze(good, tmp_path / bad, refused=True)
+    assert "empty.log" in run_analyze(good, "--out", tmp_path / "empty.log", refused=True)
+    assert pictures(tmp_path / "good") == [], "a bad log beside a good one must leave nothing half done"
+    with pytest.raises(SystemExit, match="2"):
+        run_analyze("--no-such-flag")
+
+
+def compared(folder, seed, final, above=None, digest="0123456789ab", every=10, **settings):
+    """A made-up log: three validations, 10 steps apart, fall in a straight line from 4 at step 0 to `final`."""
+    settings = dict(signals="gain,precision,gate", salience="causal", n_embd=128, n_ffn=0, max_steps=3 * every,
+                    lr=0.002, seed=seed) | settings
+    lines = said("2,084,297 parameters, 70,729 of them the controller's", f"Data: data sha256={digest}", "bf16: why",
+                 "Settings: " + " ".join(f"{name}={value}" for name, value in settings.items()))
+    for i in range(3):
+        lines += log_lines(range(i * every + 1, (i + 1) * every + 1), [3.0] * every)
+        lines += val_lines(4 + (final - 4) * (i + 1) / 3)
+        lines += said(f"Above the stories' entropy: 0.01 nats per token, 5.00 per story | {above[i]}") if above else []
+    return write_log(folder / f"{len(list(folder.glob('*')))}", lines)
+
+
+def test_analyze_is_quick(tmp_path, run_analyze):
+    lines = log_lines(range(1, 100_001), np.linspace(9, 2, 100_000))
+    path = write_log(tmp_path, [x for i in range(0, len(lines), 50) for x in lines[i : i + 50] + val_lines(2.0)])
+    paths = [compared(tmp_path / "many", i // 5, 2 + 0.01 * i, every=200, n_ffn=i % 5) for i in range(40)]
+    for limit, args in ((8, [path]), (15, ["--compare", *paths])):
+        start = time.process_time()  # not the clock on the wall: the machine may be busy
+        run_analyze(*args)
+        assert time.process_time() - start < limit
+
+
+def test_analyze_compare(tmp_path, run_analyze):
+    # The first group scatters by 0.2, the pairs' differences (-0.1, -0.2, -0.3) by 0.1: t(2) 0.1 / sqrt(3) = 0.2484.
+    paths = [compared(tmp_path, seed, x) for seed, x in enumerate((2.0, 2.2, 2.4))]
+    paths += [compared(tmp_path, seed, x, signals="none", n_ffn=604) for seed, x in enumerate((1.9, 2.0, 2.1))]
+    paths += [compared(tmp_path, seed, x, salience="reactive") for seed, x in ((7, 2.6), (2, 2.5))]
+    out = run_analyze("--compare", *paths, "--out", tmp_path / "new")
+    assert [line.split() for line in out.splitlines() if "2,084,297" in line] == [line.split() for line in (
+        "signals=all salience=causal n_ffn=0  3  2,084,297  1,000  2.2000  0.2000        -       -       -  30",
+        # The mean falls from 4 by 2 in 30 steps, and so reaches 2.2 after 27.
+        "signals=none n_ffn=604               3  2,084,297  1,000  2.0000  0.1000  -0.2000  0.2484  0.1000  27",
+        "salience=reactive                    2  2,084,297  1,000  2.5500  0.0707  +0.1000       -       -   -")]
+    assert "salience=reactive has no run of seed 0, 1:" in out and "n_ffn=0 has no run of seed 7:" in out
+    assert all(x in out for x in ("scatter by 0.1000", "would by 0.2236", "worth 5 times"))  # sqrt(0.2^2 + 0.1^2)
+    assert "anecdote" in out, "one pair is left of the last group"
+    assert "anecdote" not in run_analyze("--compare", *paths[:6])
+    assert pictures(tmp_path / "new") == ["comparison.png", "runs.csv"]
+    # The table can be made again from runs.csv.
+    with open(tmp_path / "new" / "runs.csv", newline="") as file:
+        runs = list(csv.DictReader(file))
+    assert [(r["group"], r["seed"], r["val_loss"]) for r in runs[5:]] == [
+        ("signals=none n_ffn=604", "2", "2.1"), ("salience=reactive", "2", "2.5"), ("salience=reactive", "7", "2.6")]
+    assert [runs[0][key] for key in ("parameters", "tokens_per_s", "validations", "data")] == [
+        "2084297", "1000", "10=3.3333 20=2.6667 30=2.0", "sha256=0123456789ab"] and "seed=0" in runs[0]["settings"]
+
+
+def test_analyze_compare_few_and_unequal_runs(tmp_path, run_analyze):
+    paths = [compared(tmp_path, 0, 2.0), compared(tmp_path, 0, 1.9, n_embd=64)]
+    for settings, word in ((dict(digest="ba9876543210"), "sha256"), (dict(lr=0.001), "lr"), ({}, "same seed"),
+                           (dict(max_steps=60), "max_steps"), (dict(rows="aligned"), "rows")):
+        assert word in run_analyze("--compare", *paths, compared(tmp_path, 0, 1.9, **settings), refused=True)
+    out = run_analyze("--compare", *paths)
+    assert [line.split()[-4:] for line in out.splitlines() if "n_embd=64" in line] == [["-0.1000", "-", "-", "29"]]
+    with open(paths[1], "a") as file:
+        file.writelines(said("Stopped: loss nan, gradient norm nan at step 31"))
+    out = run_analyze("--compare", *paths)
+    assert f"{paths[1]} is left out, it ends at step 31 of 30" in out and "n_embd" not in out.split("group")[-1]
+    assert "is finished" in run_analyze("--compare", compared(tmp_path, 0, 2.0, max_steps=60), refused=True)
+    old = write_log(tmp_path / "old", log_lines([10, 20], [3, 2]) + val_lines(2))
+    assert "does not name its settings" in run_analyze("--compare", old, refused=True)
+
+
+def test_analyze_learned(tmp_path, run_analyze):
+    # A slot is learned where it stays below 0.5. The rows: median, earliest and latest of three seeds.
+    heroes, goals = ([2, 0.4, 0.3], [0.4, 0.6, 0.49], [0, 0, 0]), ([2, 2, 2], [2, 2, 0], [2, 2, 0.5])
+    paths = [compared(tmp_path, seed, 2.0, [f"hero {hero[i]} goal {goal[i]} rest 1" for i in range(3)])
+             for seed, (hero, goal) in enumerate(zip(heroes, goals, strict=True))]
+    rows = run_analyze("--compare", *paths).split("learned")[1].splitlines()[3:6]
+    assert [row.split()[-2:] for row in rows] == [["20", "never"], ["10", "30"], ["30", "never"]]
+
+
+BYTES = {"tokenizer": "bytes", "vocab_size": 257}
+
+
+def scan_model(**config):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=16, ncn_hidden=8, dropout=0.0)
+    model = ModulatedLM(NCNConfig(**sizes | config)).eval()
+    for p in model.parameters():
+        p.data += 0.5 * torch.randn_like(p)
+    return model
+
+
+def scan_data(folder, meta, ids=None):
+    """A data folder as prepare.py leaves it, of these tokens; else of 40 stories of 40 to 80 random bytes."""
+    rng = np.random.default_rng(0)
+    ids = ids or [i for _ in range(40) for i in (*rng.integers(97, 123, rng.integers(40, 80)), 256)]
+    folder.mkdir(parents=True, exist_ok=True)
+    np.array(ids, "<u2").tofile(folder / "val.bin")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def random_batch(*shape, seed=0):
+    return torch.randint(257, (2, *shape), generator=torch.Generator().manual_seed(seed))  # ids and targets
+
+
+def test_analyze_variance_shares():
+    rng, n, t = np.random.default_rng(0), 60, 50
+    parts = [rng.normal(size=shape) for shape in ((n, 1, 1, 1), (1, t, 1, 1), (n, t, 1, 1))]  # story, place, token
+    for weights in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 2, 1)):
+        s = sum(w * x / x.std() for w, x in zip(weights, parts, strict=True)) + np.zeros((n, t, 2, 3))
+        share, want = analyze.variance_shares(s), np.square(weights) / np.square(weights).sum()
+        assert share.shape == (3, 2, 3) and np.abs(share.sum(0) - 1).max() < 1e-9
+        assert np.abs(share - want[:, None, None]).max() < 0.03, weights
+    # Pure noise of few stories and positions: the means' own chance variance must not count as theirs.
+    noise = analyze.variance_shares(rng.normal(size=(12, 10, 500, 3)))
+    assert noise[:2].mean((1, 2)).max() < 0.045  # uncorrected: 1/10 and 1/12 of the whole
+    assert np.isfinite(analyze.variance_shares(np.ones((n, t, 2, 3)))).all()  # a signal that never moves
+
+
+def test_analyze_attention_entropy():
+    ids, model = random_batch(1, 20)[0], scan_model()
+    entropy = analyze.attention_entropy(model, ids)
+    assert entropy.shape == (2, 2, 2, 20) and np.abs(entropy[..., 0]).max() < 1e-6  # one token: nowhere else to look
+    with torch.no_grad():  # independently: row by row from the blocks' weights
+        signals, x = model.signals(ids), model.embeddings(ids)
+        for i, block in enumerate(model.blocks):
+            q, k, _ = block.qkv(block.attn_norm(x)).double().chunk(3, -1)
+            scales = signals[0, :, i, 1], torch.ones(20)
+            for head, t, (j, scale) in itertools.product(range(2), range(20), enumerate(scales)):
+                part = slice(8 * head, 8 * head + 8)
+                p = (scale[t] * (k[0, : t + 1, part] @ q[0, t, part]) / math.sqrt(8)).softmax(0)
+                assert abs(entropy[j, i, head, t] + float((p * p.log()).sum())) < 1e-4
+            x = block(x, signals[:, :, i])
+
+
+@pytest.mark.parametrize("salience", ["causal", "global", "reactive"])
+def test_analyze_ablations(salience):
+    model = scan_model(salience=salience)
+    batches = [random_batch(2, 32, seed=seed).unbind() for seed in range(3)]
+    loss, s = analyze.ablations(model, batches)
+    names = [f"{name} {how}" for how in ("mean", "neutral") for name in (*SIGNALS, "all")]
+    assert list(loss) == ["as trained", *names, *["prefix only"] * (salience == "global")]
+    plain = ModulatedLM(NCNConfig(**{**vars(model.config), "signals": ()})).eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("controller")})
+
+    def losses(model, **how):
+        return [model(x, y, **how).task.item() for x, y in batches]
+
+    np.testing.assert_allclose(loss["as trained"], losses(model), atol=1e-6)
+    np.testing.assert_allclose(loss["all neutral"], losses(plain), atol=1e-5)
+    if salience == "global":
+        np.testing.assert_allclose(loss["prefix only"], losses(model, salience="causal"), atol=1e-6)
+    # One at a time: pinning the gate leaves gain and precision alone, so it differs from pinning all.
+    assert len({round(float(v[0]), 6) for v in loss.values()}) == len(loss)
+    # Padding has signals, but they count nowhere.
+    batches[0][1][1, 20:] = -1
+    padded = analyze.ablations(model, batches)[1]
+    assert s.shape == (192, 2, 3) and torch.equal(padded, torch.cat([s[:52], s[64:]]))
+    # A controller that never moves is worth nothing beyond its mean.
+    model.controller.layer2.weight.data.zero_()
+    loss, _ = analyze.ablations(model, batches)
+    assert all(np.abs(loss[f"{name} mean"] - loss["as trained"]).max() < 1e-5 for name in SIGNALS)
+    only, _ = analyze.ablations(scan_model(signals=("gate",)), batches)
+    assert list(only) == ["as trained", "gate mean", "gate neutral"]
+
+
+def test_analyze_shielding():
+    # Eq. 17 at its limit: gain 0 (or gate 0) shields a branch's weights exactly.
+    for which, silent in ((0, ("attn", "qkv", "ffn")), (2, ("ffn",))):
+        model, (x, y), opened = scan_model(), random_batch(5, 16), torch.ones(2, 3)
+        opened[1, which] = 0
+        model(x, y, edit=lambda signals, opened=opened: signals * opened).task.backward()
+        for layer, block in enumerate(model.blocks):
+            for name, p in block.named_parameters():
+                assert (layer == 1 and name.startswith(silent)) == (p.grad is None or p.grad.count_nonzero() == 0), name
+    y[2, 9:] = -1  # padding, in what is measured
+    r, loss = analyze.shielding(model, x, y)
+    assert r.shape == (2, 2) and all(p.grad is None for p in model.parameters())
+    signals, norms, losses, block = [], [], [], model.blocks[1]
+    for i, real in enumerate((y >= 0).sum(1)):
+        losses.append(model(x[i : i + 1, :real], y[i : i + 1, :real]).task)
+        grads = torch.autograd.grad(losses[-1], [*block.parameters()])
+        ffn = [g for (name, _), g in zip(block.named_parameters(), grads, strict=True) if name.startswith("ffn_")]
+        norms.append([torch.cat([g.flatten() for g in part]).norm() for part in (grads, ffn)])
+        signals.append(model.signals(x[i : i + 1, :real])[0, :, 1, [0, 2]].mean(0).tolist())
+    want = [np.corrcoef(*pair)[0, 1] for pair in zip(np.transpose(signals), np.array(norms).T, strict=True)]
+    np.testing.assert_allclose(r[1], want, atol=1e-4)  # gain and all, gate and FFN
+    assert abs(loss - sum(losses).item() / 5) < 1e-5
+    model.controller.layer2.weight.data.zero_()  # a signal that never moves has no correlation
+    assert np.isnan(analyze.shielding(model, x, y)[0]).all()
+
+
+@pytest.mark.parametrize("config", [{"salience": "global"}, {"signals": ("precision",)}])
+def test_analyze_scan_and_audit(tmp_path, monkeypatch, run_analyze, config):
+    scan_data(tmp_path / "data", BYTES)
+    (tmp_path / "out").mkdir()
+    rows = {"rows": "aligned" if "signals" in config else "contiguous"}
+    scan_model(**config).save(tmp_path / "out" / "ckpt_best.pt", data=BYTES, settings=rows)
+    monkeypatch.chdir(tmp_path)
+    out = run_analyze("--scan", "He paid $5,\nbut it was empty.", "--audit")
+    assert all(words in out for words in ("Specialisation", "Phasic", "story (tonic) / position / token",
+                                          "Attention entropy", "as trained", "gate below 0.5", "Gradient shielding"))
+    assert ("the leak is" in out) == (config.get("salience") == "global")
+    assert pictures(tmp_path / "out") == ["attention_entropy.png", "audit.png", "brain_scan.png"]
+    # Without validation stories the scan still works, and says what it leaves out.
+    out = run_analyze("--scan", "x" * 50, "--data", "nowhere")
+    assert "Only the first 32" in out and "No shares" in out
+    assert "".join(analyze.label(t, prepare.tokenizer_of(BYTES)) for t in (*b" a\n$", 200)) == "·a↵$?"  # 200: no text
+
+
+def test_analyze_refuses_models_and_data(tmp_path, run_analyze):
+    ckpt, no = tmp_path / "ckpt.pt", functools.partial(run_analyze, "--ckpt", tmp_path / "ckpt.pt", refused=True)
+    data = scan_data(tmp_path / "data", BYTES)
+    assert "ckpt.pt" in no("--audit")
+    scan_model(signals=()).save(ckpt, data=BYTES)
+    assert "no controller" in no("--scan", "Hello") and "no controller" in no("--audit", "--data", data)
+    scan_model().save(ckpt, data=BYTES)
+    assert "no tokens" in no("--scan", "") and "not trained on the demo" in no("--memory", "--data", data)
+    assert "--data" in no("--audit", "--data", scan_data(data, {"tokenizer": "gpt2", "vocab_size": 50257}))
+    words = {"tokenizer": "words", "vocab_size": 258, "vocabulary": ["one"]}
+    scan_model(vocab_size=258).save(ckpt, data=words)
+    assert "--data" in no("--audit", "--data", scan_data(data, words | {"vocabulary": ["two"]}))
+    (data / "meta.json").write_text("{")
+    assert "damaged" in no("--audit", "--data", data) and "no data" in no("--audit", "--data", tmp_path / "nowhere")
+
+
+def test_analyze_memory(tmp_path, monkeypatch, run_analyze):
+    """Validation stories told here, and sampled ones told with wrong words put in by hand: the figures are exact."""
+    meta, rng = {"tokenizer": "words", "entropy_nats_per_story": prepare.entropy()}, random.Random(1)
+    tokenizer = prepare.tokenizer_of(meta)
+    end, words = tokenizer.eot_token, prepare.GRAMMAR["color"].split("|")
+    meta["vocab_size"] = tokenizer.n_vocab
+    model, ckpt = scan_model(vocab_size=tokenizer.n_vocab, block_size=160, salience="global"), tmp_path / "ckpt_best.pt"
+    model.save(ckpt, data=meta)
+    ids, total, colour = [], 0, 0  # nats above the entropy: all in all, and at the colours, of which there are six
+    for _ in range(20):
+        text, nats = prepare.tell(rng)
+        story = [end, *tokenizer.encode_ordinary(text), end]
+        logits = model(torch.tensor([story[:-1]]), salience="causal")[0]
+        loss = F.cross_entropy(logits, torch.tensor(story[1:]), reduction="none").tolist()
+        ids, total = ids + story[1:], total + (sum(loss) - nats) / 20
+        pairs = zip(loss, story[1:], strict=True)
+        colour += sum(x for x, token in pairs if tokenizer.decode([token]).strip() in words) / 20
+    scan_data(tmp_path / "data", meta, ids)
+
+    texts, heroes, colours, strange = [], set(range(10)), set(range(7, 21)), set(range(30, 36))
+    for i in range(200):
+        text, _ = prepare.tell(rng)
+        for slot, wrong, which in (("name", ("Lily", "Sam"), heroes), ("color", ("red", "blue"), colours)):
+            if i in which:  # the last mention is another one than the first
+                *_, (_, start, stop, word, _) = (m for m in prepare.read_back(text) if m[0] == slot)
+                text = text[:start] + wrong[word == wrong[0]] + text[stop:]
+        text = text[: text.rindex(" ")] + " quokka." if i in strange else text
+        texts.append(tokenizer.encode_ordinary(text) + [end])
+    width = max(map(len, texts)) - 1
+    endless = {i for i, text in enumerate(texts) if len(text) > width}  # whole stories, but for their END
+
+    def generate(model, ids, most, temperature, top_k, top_p, seed, end_token):
+        assert (ids == end_token).all() and len(ids) == 200 and most > width
+        assert (temperature, top_k, top_p, end_token) == (0.5, 0, 1, end)
+        return torch.cat([ids, torch.tensor([(text + [end_token] * width)[:width] for text in texts])], 1)
+
+    monkeypatch.setattr(analyze, "generate", generate)
+    look = "--memory", "--ckpt", ckpt, "--data", tmp_path / "data"
+    out = run_analyze(*look)
+    rows = {line[:12].strip(): line[12:].split() for line in out.splitlines()}
+    told = set(range(200)) - strange - endless
+    assert endless and f"(temperature 0.5) {len(told)} are stories" in out
+    kept = {slot: int(rows[slot][0]) for slot in (*prepare.SLOTS, "all of these")}
+    assert kept == dict.fromkeys(prepare.SLOTS, len(told)) | {
+        "hero": len(told - heroes), "colour": len(told - colours), "all of these": len(told - heroes - colours)}
+    nats = {slot: float(row[-1]) for slot, row in rows.items() if slot in (*kept, "the rest", "whole story")}
+    np.testing.assert_allclose([nats["whole story"], nats["colour"]], [total, colour - math.log(6)], atol=0.006)
+    assert abs(nats["all of these"] + nats["the rest"] - total) < 0.02 and "No memory.png" in out
+    # With the log of a training beside it, the picture. A static model has a memory, too.
+    scan_model(vocab_size=tokenizer.n_vocab, block_size=160, signals=()).save(ckpt, data=meta)
+    lines = [f"hero {h} " + " ".join(f"{slot} 2" for slot in [*prepare.SLOTS][1:]) + " rest 1" for h in (2, 0.4, 0.1)]
+    os.replace(compared(tmp_path / "logs", 0, 2.0, lines), tmp_path / "training.log")
+    labels, save = [], analyze.save
+    monkeypatch.setattr(analyze, "save", lambda fig, *where: (
+        labels.extend(text.get_text() for text in fig.legends[0].texts), save(fig, *where)))
+    run_analyze(*look)
+    assert "memory.png" in pictures(tmp_path)
+    assert labels[:3] == ["whole story", "hero: learned at step 20", "friend: not learned"]
