@@ -1777,6 +1777,15 @@ def test_other_models_train_too(data, tmp_path, flags):
     assert generate(model, tokens(2, 3, vocab_size=257), 40, seed=1).shape == (2, 43)
 
 
+def test_training_needs_no_vocabulary(tmp_path):
+    """A machine without a network trains on GPT-2 tokens that were prepared elsewhere."""
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(0, 300, 500).astype("<u2").tofile(tmp_path / f"{split}.bin")
+    (tmp_path / "meta.json").write_text('{"tokenizer": "gpt2", "vocab_size": 50257}')
+    offline = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "https_proxy": "http://127.0.0.1:9"}
+    train_run(tmp_path, tmp_path / "out", "--max_steps", 2, env=os.environ | offline)
+
+
 def test_checkpointed_blocks_compute_the_same():
     """Bit for bit, dropout included, and less is kept."""
     results, kept = [], []

@@ -232,7 +232,9 @@ def train(args):
     if ckpt and ckpt["data"] != meta:
         raise ValueError(f"{args.data} is not the data this run began with: --resume needs the same, prepared the same "
                          "way")
-    tokenizer, end, T, B = tokenizer_of(meta), meta["vocab_size"] - 1, s["block_size"], s["batch_size"]
+    tokenizer, end, T, B = None, meta["vocab_size"] - 1, s["block_size"], s["batch_size"]
+    with contextlib.suppress(ConnectionError):  # no GPT-2 vocabulary: no sample lines on a terminal
+        tokenizer = tokenizer_of(meta)
     tokens, val_tokens = (read_tokens(args.data, split, meta) for split in ("train", "val"))
     rows, val_rows = (rows_of(t, T, s["rows"] == "aligned") for t in (tokens, val_tokens))
     per_epoch = len(rows) // B  # micro-batches
@@ -370,10 +372,10 @@ def train(args):
     if rank == 0:
         with open(os.path.join(args.data, "train.bin"), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-        log(f"Data: {args.data} sha256={digest} tokenizer={tokenizer.name} vocab_size={meta['vocab_size']}")
+        log(f"Data: {args.data} sha256={digest} tokenizer={meta['tokenizer']} vocab_size={meta['vocab_size']}")
     log(f"{dtype}: {why}")
     log(f"{s['max_steps']:,} steps of {micro_tokens * s['grad_accum']:,.0f} tokens, from {args.data}: {len(tokens):,} "
-        f"tokens ({tokenizer.name}) to train on, {len(val_rows)} rows to validate on")
+        f"tokens ({meta['tokenizer']}) to train on, {len(val_rows)} rows to validate on")
     future = ""
     if model.controller and config.salience == "global":
         future = " | global salience: sees the future, no likelihood"
@@ -433,7 +435,7 @@ def train(args):
                 per_token = result - meta["entropy_nats_per_token"]
                 log(f"Above the stories' entropy: {per_token:.4f} nats per token, {sum(above):.2f} per story | "
                     + " ".join(f"{name} {a:.2f}" for name, a in zip([*SLOTS, "rest"], above, strict=True)))
-            if on_terminal:  # so that one sees it learn
+            if on_terminal and tokenizer:  # so that one sees it learn
                 text = generate(model, torch.tensor([[end]], device=device), 30, 0.5, seed=0, end_token=end)[0, 1:]
                 bar.write("    " + " ".join(tokenizer.decode(text.tolist()).split()[:20]))
             if result < best:
