@@ -103,8 +103,7 @@ def read_log(path):
     for demo stories, a list of (step, nats per story above their entropy, {slot: its share of them}); setup and data,
     the name=value pairs (str) in the lines on settings and data; broke, the step of a non-finite end or None. Where
     steps go back, a run was resumed: the later lines win. Where they go back to the start, a second run was appended:
-    the last run counts, and a note says so. Raises OSError, and ValueError for a file with no training step.
-    """
+    the last run counts, and a note says so. Raises OSError, and ValueError for a file with no training step."""
     logged, head = [], {}  # logged: step, loss, tokens/s, time, validation loss, above the entropy, the line
     with open(path, encoding="utf-8", errors="replace") as file:
         for time, ms, text in (m.groups() for m in map(LINE.match, file) if m):
@@ -179,8 +178,7 @@ def student_t(confidence, freedom):
 def verdict(run, threshold=0.001, tail=0.15):
     """The verdict as the head of this file defines it. Returns a dict: verdict, why (str); slope and half, the half
     width of its 98% interval (nats per 1,000 steps; NaN below 5 points); first, the window's first step; and the fitted
-    line's middle: step and level (nats).
-    """
+    line's middle: step and level (nats)."""
     first = run["step"][-1] - tail * (run["step"][-1] - run["step"][0])
     x, y = (run[k][run["step"] >= first] for k in ("step", "loss"))
     n, d = len(x), (x - x.mean()) / 1000
@@ -237,8 +235,7 @@ def plot_convergence(run, v, folder, name):
 
 def efficiency(run, bins=128):
     """The power law and the index as the head of this file defines them: a dict of step, loss (at most `bins`,), the
-    smoothed curve; a, b, c, r2 of the fit; p95, p99, indices into the curve; sei. None if it is too short or flat.
-    """
+    smoothed curve; a, b, c, r2 of the fit; p95, p99, indices into the curve; sei. None if it is too short or flat."""
     s = np.maximum(run["step"], 1.0)
     which = np.digitize(np.log(s), np.linspace(*np.log(s[[0, -1]]), bins + 1)[1:-1])
     used, count = np.unique(which, return_counts=True)
@@ -315,8 +312,7 @@ MODEL = """signals salience start n_layer n_head n_embd n_ffn n_control dropout 
 
 def read_groups(paths):
     """Finished runs grouped by all their settings but the seed, the first log's group first: {label: {seed: run}}. A
-    label says what differs from the first group. Raises OSError, and ValueError where runs cannot be compared.
-    """
+    label says what differs from the first group. Raises OSError, and ValueError where runs cannot be compared."""
     groups, first = {}, None
     for run in map(read_log, paths):
         path, setup = run["path"], run["setup"] | run["data"]
@@ -354,8 +350,7 @@ def paired(first, group):
     """A group against the first, both {seed: run}, by the n seeds that they share: None if n = 0, else a dict of n; of
     steps (V,) of validations, mean and half (V,), the mean difference and half its 95% interval, sd (V,), the scatter
     of the differences, and unpaired (V,), what it would be between different seeds (NaN for one seed); and of reached,
-    the step at which the group's mean curve first reaches the first group's final loss, NaN if it never does.
-    """
+    the step at which the group's mean curve first reaches the first group's final loss, NaN if it never does."""
     seeds = [seed for seed in group if seed in first]
     if not seeds:
         return None
@@ -481,8 +476,7 @@ def batch(model, tokens, rows):
 @torch.no_grad()
 def above_entropy(model, tokens, tokenizer, at_once=16):
     """What a model loses on whole demo stories, tokens (N,), above their entropy: nats per story, (len(SLOTS) + 1,),
-    for each slot and for the rest. Rows begin with a story; global salience sees the past alone.
-    """
+    for each slot and for the rest. Rows begin with a story; global salience sees the past alone."""
     salience, nats = "causal" if model.config.salience == "global" else None, []
     rows = rows_of(tokens, model.config.block_size, aligned=True)  # every token is a target once, in their order
     for i in range(0, len(rows), at_once):
@@ -543,8 +537,7 @@ def label(token, tokenizer):
 def variance_shares(s):
     """Where the signals' variance comes from: s (stories, T, L, 3), the stories aligned at their first token ->
     (3, L, 3), the shares of the story (tonic), the position, and the token (phasic), which sum to 1 (two-way analysis
-    of variance). Neighbouring tokens are not independent, so the tonic share is if anything too high.
-    """
+    of variance). Neighbouring tokens are not independent, so the tonic share is if anything too high."""
     n, t = s.shape[:2]
     story, place = s.mean(1), s.mean(0)
     rest = ((s - story[:, None] - place + s.mean((0, 1))) ** 2).sum((0, 1)) / ((n - 1) * (t - 1))
@@ -555,8 +548,7 @@ def variance_shares(s):
 @torch.no_grad()
 def attention_entropy(model, ids):
     """ids (1, T) -> entropy in nats of every row of attention, (2, L, n_head, T): with the learned precision, and with
-    precision 1 on the same queries and keys, so that nothing but the precision differs.
-    """
+    precision 1 on the same queries and keys, so that nothing but the precision differs."""
     x, signals, out = model.embeddings(ids), model.signals(ids), []
     future = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool, device=ids.device).triu(1)
     for block, s in zip(model.blocks, signals.unbind(2), strict=True):  # s (1, T, 3)
@@ -628,8 +620,7 @@ def ablations(model, batches):
     token}, "as trained" first; and the signals as trained of the tokens that have a target, (N, L, 3).
     Pinned to its mean, a signal is a constant per layer: what that adds to the loss is what its moving is worth.
     Pinned to 1, neutral, it is gone. "prefix only" lets a `global` model's salience see tokens 0..t (causal mode), all
-    there is when it generates: what that adds is the leak, what the sight of the future had taken off.
-    """
+    there is when it generates: what that adds is the leak, what the sight of the future had taken off."""
     s, names = torch.cat([model.signals(x)[y >= 0] for x, y in batches]), model.config.signals
 
     def pin(which, value):  # value (L, 3)
@@ -649,8 +640,7 @@ def ablations(model, batches):
 def shielding(model, x, y):
     """A backward pass for each of the windows x, y (W, T); padding counts nowhere. Returns Pearson's r over the
     windows, (L, 2): of mean gain and the norm of the gradient of the layer's weights, and of mean gate and that of the
-    FFN's, NaN for a constant signal; and the mean loss.
-    """
+    FFN's, NaN for a constant signal; and the mean loss."""
     signals, norms, losses = [], [], []
     for i in range(len(x)):
         model.zero_grad()

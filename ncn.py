@@ -38,10 +38,7 @@ from kernels import actuate, linear_cross_entropy, modulate, rms_norm
 SIGNALS = ("gain", "precision", "gate")
 SALIENCE = ("causal", "global", "reactive", "constant")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config
-
-
+# ---- Config ----------------------------------------------------------------------------------------------------------
 @dataclass
 class NCNConfig:
     """The model's settings; sizes default to the paper's run. Raises ValueError where they contradict each other."""
@@ -84,10 +81,7 @@ def check_salience(mode):
         raise ValueError(f"unknown salience mode '{mode}': choose from {', '.join(SALIENCE)}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Controller
-
-
+# ---- Controller ------------------------------------------------------------------------------------------------------
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, eps 1e-5 (Zhang & Sennrich 2019)."""
 
@@ -100,12 +94,10 @@ class RMSNorm(nn.Module):
 
 
 class Controller(nn.Module):
-    """
-    The neuromodulatory nuclei: embeddings in, three signals per token and layer out.
+    """The neuromodulatory nuclei: embeddings in, three signals per token and layer out.
 
     Tonic context c (what kind of text is this?) by salience pooling, phasic input x (what is this token?), and a small
-    MLP over their sum that decides, for each layer, how to process the token.
-    """
+    MLP over their sum that decides, for each layer, how to process the token."""
 
     def __init__(self, config):
         super().__init__()
@@ -149,13 +141,11 @@ class Controller(nn.Module):
         return self.out_proj(pooled.transpose(1, 2).flatten(2).to(x.dtype))
 
     def folded(self):
-        """
-        The salience scores as one small product. -> weight (h, d), float32: scores = x @ weight.T.
+        """The salience scores as one small product. -> weight (h, d), float32: scores = x @ weight.T.
 
         Unfolded, a head's score of token i is  q . k_i / sqrt(e)  with  q = Wq query + bq  and  k_i = Wk x_i + bk.
         One query serves all tokens, so  q . k_i = (Wk^T q) . x_i + q . bk:  a (d, h) product replaces a (d, d) one; and
-        q . bk is the same for every token, so that the softmax does not see it.
-        """
+        q . bk is the same for every token, so that the softmax does not see it."""
         (wq, wk, _), (bq, _, _) = self.in_proj.weight.float().chunk(3), self.in_proj.bias.float().chunk(3)
         q = F.linear(self.query.float(), wq, bq).view(self.ncn_heads, 1, -1)  # (h, 1, e)
         weight = q @ wk.unflatten(0, (self.ncn_heads, -1))  # (h, 1, e) @ (h, e, d) = (h, 1, d)
@@ -172,13 +162,9 @@ class Controller(nn.Module):
         return signals if self.all_active else torch.where(self.active, signals, 1.0)  # the others stay at 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Salience pooling and its cache
-
-
+# ---- Salience pooling and its cache ----------------------------------------------------------------------------------
 def salience_pool(scores, values, chunk=32):
-    """
-    The causal context: at each t, an average of the values so far, weighted by a softmax over the scores so far.
+    """The causal context: at each t, an average of the values so far, weighted by a softmax over the scores so far.
     scores (B, h, T), values (B, h, T, e), float32 -> pooled (B, h, T, e), and the state that continues it. Naively:
 
         later = torch.ones(T, T, dtype=torch.bool).triu(1)                                  # i > t
@@ -215,16 +201,14 @@ def salience_pool(scores, values, chunk=32):
 
 
 def salience_step(score, value, state):
-    """
-    The salience cache: one more token at constant cost. score (B, h), value (B, h, e), state as salience_pool leaves
+    """The salience cache: one more token at constant cost. score (B, h), value (B, h, e), state as salience_pool leaves
     it, updated in place -> pooled (B, h, e). With top_t the maximum so far, keep
 
         total_t    = sum_i exp(score_i - top_t)          = r total_{t-1}    + exp(score_t - top_t)
         weighted_t = sum_i exp(score_i - top_t) value_i  = r weighted_{t-1} + exp(score_t - top_t) value_t
         pooled     = weighted_t / total_t                  with r = exp(top_{t-1} - top_t)
 
-    When the maximum rises, what was summed is rescaled: the online softmax, as the kernel of the loss runs it.
-    """
+    When the maximum rises, what was summed is rescaled: the online softmax, as the kernel of the loss runs it."""
     top, total, weighted = state
     new_top = torch.maximum(top, score)
     old, new = (top - new_top).exp(), (score - new_top).exp()
@@ -234,10 +218,7 @@ def salience_step(score, value, state):
     return weighted / total[..., None]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Block
-
-
+# ---- Block -----------------------------------------------------------------------------------------------------------
 class Block(nn.Module):
     """A pre-norm Transformer block whose attention, branches and FFN the controller modulates."""
 
@@ -265,10 +246,8 @@ class Block(nn.Module):
         return self.ffn_out(F.gelu(self.ffn_in(x)))
 
     def add(self, x, branch, gain, gate=None):
-        """
-        x + gain * gate * branch: a branch (B, T, d) joins the residual stream x, scaled by its signals (B, T, 1); no
-        gate is a gate of 1, no gain the plain Transformer.
-        """
+        """x + gain * gate * branch: a branch (B, T, d) joins the residual stream x, scaled by its signals (B, T, 1); no
+        gate is a gate of 1, no gain the plain Transformer."""
         branch = F.dropout(branch, self.dropout, self.training)
         if gain is None:
             return x + branch
@@ -282,9 +261,7 @@ class Block(nn.Module):
         return self.add(x, self.ffn(self.ffn_norm(x)), gain, gate)  # Eq. 11, with the gate of Eq. 12
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model and loss
-
+# ---- Model and loss --------------------------------------------------------------------------------------------------
 Loss = namedtuple("Loss", "total task homeostatic")
 
 
@@ -345,13 +322,11 @@ class ModulatedLM(nn.Module):
         return self.norm(x), signals
 
     def forward(self, ids, targets=None, salience=None, edit=None):
-        """
-        ids (B, T) int64 -> logits (B, T, V); with targets (B, T) int64, of which negative ones are ignored, a Loss
+        """ids (B, T) int64 -> logits (B, T, V); with targets (B, T) int64, of which negative ones are ignored, a Loss
         instead: total = task + homeostatic, in nats per token (float32 scalars). Raises ValueError if T > block_size.
 
         salience overrides the config's mode. edit, a function from signals (B, T, L, 3) to signals, changes them
-        before use: to dose a modulator or to pin it. The homeostatic loss is that of the unedited signals.
-        """
+        before use: to dose a modulator or to pin it. The homeostatic loss is that of the unedited signals."""
         x, signals = self.hidden(ids, salience, edit)
         if targets is None:
             return F.linear(x, self.embed.weight)
@@ -371,8 +346,7 @@ class ModulatedLM(nn.Module):
             return torch.ones(*ids.shape, self.config.n_layer, 3, device=ids.device)
         return self.controller(self.embeddings(ids), salience or self.config.salience)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Files
+    # ---- Files -------------------------------------------------------------------------------------------------------
 
     def save(self, path, **more):
         """Writes config, weights and whatever `more` holds (tensors and plain values). Raises OSError."""
@@ -428,10 +402,8 @@ class ModulatedLM(nn.Module):
 
 
 def write_file(path, write):
-    """
-    Calls write(file) on a file under a temporary name, then renames it: a crash or a full disk leaves the earlier file
-    as it was. Raises OSError.
-    """
+    """Calls write(file) on a file under a temporary name, then renames it: whatever goes wrong, the earlier file stays
+    as it was. Raises OSError."""
     part = f"{path}.part"
     try:
         with open(part, "wb") as file:

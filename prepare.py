@@ -37,8 +37,7 @@ def tokenizer_of(meta):
     """The tiktoken.Encoding of data whose metadata are `meta`. Its last token is END; any text encodes and decodes.
     meta["tokenizer"] is "bytes"; or "words": bytes, then the words meta["vocabulary"] (default: the demo stories'); or
     "gpt2", where meta["vocabulary"], if any, holds the GPT-2 numbers of its tokens in their order (see keep).
-    Raises ValueError for another name, ConnectionError if GPT-2's vocabulary is neither cached nor reachable.
-    """
+    Raises ValueError for another name, ConnectionError if GPT-2's vocabulary is neither cached nor reachable."""
     name, vocabulary = meta["tokenizer"], meta.get("vocabulary")
     tokens = [bytes([byte]) for byte in range(256)]
     if name == "gpt2":
@@ -70,8 +69,7 @@ def tokenizer_of(meta):
 
 def grammar_words(slot="story", before=""):
     """The words and marks of the demo stories, sorted, each with the space before it if it has one; no single bytes.
-    Or those of one slot, with `before`, a space or nothing, in front.
-    """
+    Or those of one slot, with `before`, a space or nothing, in front."""
     words = set()
     for option, _ in every(GRAMMAR[slot]):
         words.update(word for word in WORD.findall(SLOT.sub("\n", before + option)) if len(word) > 1)
@@ -83,8 +81,7 @@ def grammar_words(slot="story", before=""):
 def keep(seen):
     """GPT-2's token numbers to keep, rising: `seen`, every byte, END, and every token on the way to one of them.
     BPE joins the pair of lowest number first. All that it joins on the way to a kept token is kept, and what is left
-    keeps its order: so text of seen tokens encodes to the same pieces as before, and any other text still encodes.
-    """
+    keeps its order: so text of seen tokens encodes to the same pieces as before, and any other text still encodes."""
     ranks = tokenizer_of({"tokenizer": "gpt2"})._mergeable_ranks
     kept = {*range(256), *map(int, seen), len(ranks)}                                           # END is the last
     for token, rank in sorted(ranks.items(), key=lambda item: -item[1]):                        # parts come later
@@ -215,8 +212,7 @@ def options(slot, drawn):
 
 def tell(rng):
     """Draws one story. Returns its text and -log of its probability (nats).
-    `rng`: a random.Random; Python promises the same random() for a seed in every version and on every machine.
-    """
+    `rng`: a random.Random; Python promises the same random() for a seed in every version and on every machine."""
     drawn, words, nats = {}, {}, []
 
     def fill(match):
@@ -234,8 +230,7 @@ def tell(rng):
 def entropy(todo=("story",), drawn=frozenset()):
     """The exact entropy (nats) of a story, or of its rest: the chain rule, over every option of every slot.
     `todo`: the slots to come, in reading order. `drawn`: pairs (slot, option), with None for options that no slot
-    looks up, so that stories which go on alike share one cached sum.
-    """
+    looks up, so that stories which go on alike share one cached sum."""
     if not todo:
         return 0.0
     slot, rest, known = todo[0], todo[1:], dict(drawn)
@@ -250,8 +245,7 @@ def entropy(todo=("story",), drawn=frozenset()):
 @functools.cache
 def story_pattern():
     """A regular expression for a story in which every mention of a slot may be any option of it, whatever was drawn.
-    Returns it, and for each of its groups the slot, the option, and what must have been drawn for that option.
-    """
+    Returns it, and for each of its groups the slot, the option, and what must have been drawn for that option."""
     groups = []
 
     def expression(slot, drawn):
@@ -269,8 +263,7 @@ def read_back(text):
     """Reads one story, without END. Returns its mentions in reading order, None if it is no story of the grammar.
     A mention is (slot, start, end, words, nats): words = text[start:end]; nats, the log of the number of options where
     they are drawn, 0 where they are repeated. What is drawn must go with what was drawn before it, except for what it
-    MAY_FORGET; a repetition may be any option of the slot. kept() says what came back right.
-    """
+    MAY_FORGET; a repetition may be any option of the slot. kept() says what came back right."""
     pattern, groups = story_pattern()
     match, mentions, drawn = pattern.fullmatch(text), [], {}
     for i, (slot, option, needs) in enumerate(groups[1:] if match else (), 2):      # group 1 is the whole story
@@ -303,8 +296,7 @@ def label_slots(tokens, tokenizer):
     """What each of `tokens` (N,), whole demo stories with their ENDs, is part of, and what the grammar pays for it.
     Returns (N,) int8, the position in SLOTS of the slot whose words it belongs to (a spot's count for its place), else
     len(SLOTS); and (N,) float64, -log of its probability (nats) given the tokens before it, exactly: over a story they
-    sum to tell()'s nats. Raises ValueError if these are no stories of the grammar.
-    """
+    sum to tell()'s nats. Raises ValueError if these are no stories of the grammar."""
     number = {slot: i for i, slot in enumerate(SLOTS.values())}
     number["spot"] = number["place"]
     slots, floor, begin = np.full(len(tokens), len(SLOTS), np.int8), np.zeros(len(tokens)), 0
@@ -344,8 +336,7 @@ def read_blocks(path, seed=None):
 
 def read_stories(blocks, source, room):
     """Yields (list of stories, bytes used) from blocks of bytes, to the last whole story within `room` bytes.
-    Enters the size and sha256 of what it used in the dict `source`. Raises ValueError if it is not UTF-8.
-    """
+    Enters the size and sha256 of what it used in the dict `source`. Raises ValueError if it is not UTF-8."""
     rest, digest, done, source["bytes"] = b"", hashlib.sha256(), False, 0
     while not done:
         block, start = next(blocks, b""), source["bytes"]
@@ -382,8 +373,7 @@ def find_files(inputs):
 
 def download(url, path):
     """Downloads `url` to `path`. Until it is whole it is `path`.part, from where the next call goes on.
-    Raises ConnectionError if the server cannot be reached, OSError if the transfer ends early.
-    """
+    Raises ConnectionError if the server cannot be reached, OSError if the transfer ends early."""
     part = Path(f"{path}.part")
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -411,8 +401,7 @@ def download(url, path):
 @contextlib.contextmanager
 def new_files(paths):
     """New binary files, which get the names `paths`, in this order, once all are on the disk.
-    Any error leaves what was there before; one that comes from the disk is an OSError "cannot write PATHS: reason".
-    """
+    Any error leaves what was there before; one that comes from the disk is an OSError "cannot write PATHS: reason"."""
     try:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(f"{path}.tmp", "w+b")) for path in paths]
@@ -441,8 +430,7 @@ def encode(tokenizer, stories, pool):
 def write_tokens(files, name, seen, inputs, val_fraction, seed, max_mb):
     """Writes the tokens of `inputs` (files or "demo") to files[0] and files[1], the metadata to files[2]; returns them.
     `name`: the tokenizer; `seen`: keep what occurs of GPT-2's tokens; `val_fraction`: share of the stories; `max_mb`:
-    10^6 bytes of text, or None. Raises ValueError for unusable text.
-    """
+    10^6 bytes of text, or None. Raises ValueError for unusable text."""
     tokenizer, (*bins, meta_file) = tokenizer_of({"tokenizer": name}), files
     sources, stories_in, occurs = [], [0, 0], np.zeros(1 << 16, bool)
     sizes = [1e6 * (max_mb or DEMO_MB) if path == "demo" else os.path.getsize(path) for path in inputs]
@@ -531,8 +519,7 @@ def rows_of(tokens, block_size, aligned=False):
     """The rows to train on: (N, 2) int64, where in `tokens` its inputs begin and how many targets it has.
     Contiguous rows are windows of block_size targets; a rest that fills none is left out. An aligned row is a story: it
     begins with the END before it (before the file's first at index -1, its last token, an END, too) and ends with its
-    own; a story that is too long is cut into rows of its own. So each token is a target once.
-    """
+    own; a story that is too long is cut into rows of its own. So each token is a target once."""
     if not aligned:
         count = (len(tokens) - 1) // block_size
         return np.stack([np.arange(count) * block_size, np.full(count, block_size)], 1)
@@ -546,8 +533,7 @@ def rows_of(tokens, block_size, aligned=False):
 def windows(tokens, rows, end=None):
     """Inputs and targets of `rows` (B, 2), see rows_of: (B, T) int64 each, with T the largest number of targets.
     A shorter row is padded: inputs with `end` (default: the last token, which is END), targets with -1, which carries
-    no loss. `tokens` may be any array beside the tokens, as label_slots returns: its floats stay floats.
-    """
+    no loss. `tokens` may be any array beside the tokens, as label_slots returns: its floats stay floats."""
     start, count = rows[:, :1], rows[:, 1:]
     steps = np.arange(count.max())
     x, y = (tokens[(start + steps + i) % len(tokens)].astype(np.result_type(tokens, np.int64)) for i in (0, 1))

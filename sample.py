@@ -21,17 +21,13 @@ from kernels import actuate, modulate, rms_norm, write_cache
 from ncn import SIGNALS, ModulatedLM, load_file, salience_pool, salience_step
 from prepare import fail, tokenizer_of
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Drawing a token
 
-
+# ---- Drawing a token -------------------------------------------------------------------------------------------------
 def draw(logits, uniform, temperature, top_k, top_p):
-    """
-    One token per row: logits (B, V), uniform (B,) in [0, 1) -> (B,) int64.
+    """One token per row: logits (B, V), uniform (B,) in [0, 1) -> (B,) int64.
 
     The distribution is sharpened by the temperature, cut to the top_k likeliest tokens, then to the fewest of them
-    that hold top_p of the probability; the uniform number then picks by the inverse of the cumulative distribution.
-    """
+    that hold top_p of the probability; the uniform number then picks by the inverse of the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
     likely, token = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), falling
@@ -45,13 +41,9 @@ def draw(logits, uniform, temperature, top_k, top_p):
     return token.gather(-1, choice).squeeze(-1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The decoder
-
-
+# ---- The decoder -----------------------------------------------------------------------------------------------------
 class Decoder:
-    """
-    ModulatedLM, one more token at a time: keys, values and the salience state are remembered. Naively, the logits of
+    """ModulatedLM, one more token at a time: keys, values and the salience state are remembered. Naively, the logits of
     the next token are `model(ids)[:, -1]`, which reads all the text again; a test compares the two at every step.
 
     A token costs one reading of all weights and, on a CPU, some 5 us per operation, however small. So the steps are
@@ -61,8 +53,7 @@ class Decoder:
     - a CPU's matrices lie in parts, input by output: as products with one vector they would use one core (40%), the
       head would be read against its order (120%).
     A GPU's step never waits for the host and reads all slots of the cache with a mask: the same work at every position,
-    so that it can be captured as a CUDA graph. Raises NotImplementedError for weights that it does not know.
-    """
+    so that it can be captured as a CUDA graph. Raises NotImplementedError for weights that it does not know."""
 
     KNOWN = set("""embed.weight position.weight norm.weight controller.query controller.in_proj.weight
         controller.in_proj.bias controller.out_proj.weight controller.out_proj.bias controller.norm.weight
@@ -103,10 +94,8 @@ class Decoder:
             self.layer2 = [p.to(self.dtype) for p in controller.layer2.parameters()]
 
     def pack(self, weight, bias=None):
-        """
-        What linear takes of a weight (out, in) and a bias (out,). On a CPU (parts, in, n) and (parts, 1, n), with n a
-        multiple of 16 and out = parts * n, filled up with zeros.
-        """
+        """What linear takes of a weight (out, in), a bias (out,). On a CPU (parts, in, n) and (parts, 1, n), n a
+        multiple of 16 and out = parts * n, filled up with zeros."""
         if self.gpu:
             return weight, bias, len(weight)
         n = -(-len(weight) // (16 * self.parts)) * 16
@@ -156,10 +145,8 @@ class Decoder:
         return signals if k.all_active else torch.where(k.active, signals, 1.0)
 
     def step(self, ids, salience, edit=None):
-        """
-        Reads ids (B, T), which follow those read before, and returns the last one's logits (B, V). T > 1 only as the
-        first step after rewind; ids may then have one row for all of the batch.
-        """
+        """Reads ids (B, T), which follow those read before, and returns the last one's logits (B, V). T > 1 only as the
+        first step after rewind; ids may then have one row for all of the batch."""
         model, c, (B, T) = self.model, self.model.config, ids.shape
         x = (model.embed(ids) + model.position(self.position + self.slots[:T])).to(self.dtype)  # (B, T, d)
         signals = torch.ones(B, T, c.n_layer, 3, device=x.device)
@@ -206,15 +193,10 @@ class Decoder:
         self.advance(-self.length)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The stream
-
-
+# ---- The stream ------------------------------------------------------------------------------------------------------
 def window_start(n, block_size):
-    """
-    First of n tokens that the context still holds. When the window is full its last half is kept, at positions from 0
-    on, and it fills again; so the start moves once per half window, not once per token.
-    """
+    """First of n tokens that the context still holds. When the window is full its last half is kept, at positions from
+    0 on, and it fills again; so the start moves once per half window, not once per token."""
     stride = block_size - block_size // 2
     return max(0, -(-(n - block_size) // stride)) * stride
 
@@ -229,15 +211,13 @@ def salience_of(config, asked=None):
 
 def stream(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=None, salience=None, edit=None,
            end_token=None):
-    """
-    Yields the next token of each row, (B,) int64, up to max_new_tokens times; prompt ids (B, T) int64, T >= 1.
+    """Yields the next token of each row, (B,) int64, up to max_new_tokens times; prompt ids (B, T) int64, T >= 1.
 
     temperature 0 is greedy; top_k 0 keeps every token. Row r of seed s draws the same numbers whatever the batch;
     without a seed one is drawn from torch's generator. A row that has drawn end_token goes on yielding it; when all
     have, the stream ends (on a GPU up to 15 tokens later). A model trained with `global` salience generates with
     `causal`: the prefix is all there is. edit changes the signals (B, T, L, 3) before use; on a GPU it is captured in a
-    CUDA graph: tensor operations only, no .item(). Raises ValueError, NotImplementedError.
-    """
+    CUDA graph: tensor operations only, no .item(). Raises ValueError, NotImplementedError."""
     c = model.config
     if ids.dim() != 2 or ids.size(1) == 0:
         raise ValueError("the prompt has no tokens")
@@ -309,10 +289,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, s
     return torch.cat([ids, *(token[:, None] for token in new)], dim=1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
+# ---- The command line ------------------------------------------------------------------------------------------------
 class Row:
     """One sample: its tokens become text as they come, whole characters only, up to the end of the story."""
 

@@ -132,10 +132,7 @@ def model_config(s, vocab_size):
     return NCNConfig(**{name: s[name] for name in MODEL} | dict(vocab_size=vocab_size, signals=signals))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Device and precision
-
-
+# ---- Device and precision --------------------------------------------------------------------------------------------
 def pick_device():
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -154,35 +151,21 @@ def timed(work):
     return time.perf_counter() - start
 
 
-def choose_dtype(device, model, x, y):
-    """The name of the fastest safe dtype on this device, and why. x, y (B, T): a batch to try it on."""
+def choose_dtype(device):
+    """The name of the fastest safe dtype on this device, and why."""
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU has bf16 units"
         return "fp16", "this GPU has no bf16 units; losses are scaled"
-
-    def step(enabled):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            model(x, y).total.backward()
-        model.zero_grad()
-
-    def speedup(fp32, bf16):
-        fp32(), bf16()  # warm up
-        return min(timed(fp32) for _ in range(3)) / min(timed(bf16) for _ in range(3))
-
-    # Without bf16 units a bf16 product can be a hundred times slower: a small one first, the model only if it pays.
+    # Without bf16 units a CPU's bf16 product can be a hundred times slower, and with them several times faster.
     a = torch.randn(256, 256)
     b = a.bfloat16()
-    gain = speedup(lambda: a @ a, lambda: b @ b)
-    if gain > 1.2:
-        gain = speedup(lambda: step(False), lambda: step(True))
-    return ("bf16" if gain > 1.05 else "fp32"), f"bf16 would be {gain:.2g} times as fast on this CPU, measured just now"
+    a @ a, b @ b  # warm up
+    gain = min(timed(lambda: a @ a) for _ in range(5)) / min(timed(lambda: b @ b) for _ in range(5))
+    return ("bf16" if gain > 1.5 else "fp32"), f"bf16 products are {gain:.2g} times as fast on this CPU, measured now"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
-
-
+# ---- The run ---------------------------------------------------------------------------------------------------------
 def learning_rate(step, s):
     """Of step 1, 2, ..., max_steps: linear warm-up, then a cosine that reaches 0 after the last step."""
     if step <= s["warmup_steps"]:
@@ -271,7 +254,7 @@ def train(args):
     elif ckpt:
         dtype, why = ckpt["dtype"], "as the run began"
     else:
-        dtype, why = choose_dtype(device, model, *fetch(tokens, rows[:1]))
+        dtype, why = choose_dtype(device)
     optimizer = make_optimizer(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     step, best = 0, math.inf
@@ -325,10 +308,8 @@ def train(args):
 
     @torch.no_grad()
     def validate():
-        """
-        Mean task loss per target, each row counted once whatever the number of processes; and for demo stories the
-        nats per story above their entropy, by slot (SLOTS and the rest), else None.
-        """
+        """Mean task loss per target, each row counted once whatever the number of processes; and for demo stories the
+        nats per story above their entropy, by slot (SLOTS and the rest), else None."""
         model.eval()
         sums = torch.zeros(3 + len(SLOTS) + 1, dtype=torch.float64)  # nats, targets, stories, nats above by slot
         mine = val_rows[rank::world]
@@ -452,35 +433,26 @@ def train(args):
     bar.close()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How fast
-
-
+# ---- How fast --------------------------------------------------------------------------------------------------------
 def flops_per_token(c):
-    """
-    Multiplications and additions of a training step, per token: 2 for each weight of a matrix product in the forward
+    """Multiplications and additions of a training step, per token: 2 for each weight of a matrix product in the forward
     pass and 4 in the backward pass. The tied head counts once, the look-up of an embedding and the folded query and
-    key of the controller not; attention looks over half of the context on average. 111 M at the paper's sizes.
-    """
+    key of the controller not; attention looks over half of the context on average. 111 M at the paper's sizes."""
     controller = 2 * c.n_embd**2 + c.n_embd * c.ncn_hidden + 3 * c.n_layer * c.ncn_hidden if c.signals else 0
     block = 4 * c.n_embd**2 + 2 * c.n_embd * (c.n_ffn or 4 * c.n_embd) + c.n_embd * c.block_size
     return 6 * (c.n_layer * block + c.vocab_size * c.n_embd + controller)
 
 
 def bench(args):
-    """
-    Times training steps on random tokens, with the controller and without, alternately. The vocabulary is that of the
-    data, or GPT-2's where there is none.
-    """
+    """Times training steps on random tokens, with the controller and without, alternately. The vocabulary is that of
+    the data, or GPT-2's where there is none."""
     device = pick_device()
     s, _ = resolve_settings(args, device.type == "cuda")
     V = read_meta(args.data)["vocab_size"] if os.path.exists(os.path.join(args.data, "meta.json")) else 50257
     config, static = model_config(s, V), model_config(s | {"signals": "none"}, V)
     B, T = s["batch_size"], config.block_size
     x, y = torch.randint(V, (2, B, T), device=device)
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype, _ = choose_dtype(device, ModulatedLM(config).to(device).train(), x[:1], y[:1])
+    dtype = choose_dtype(device)[0] if args.dtype == "auto" else args.dtype
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
     def stepper(config):
