@@ -430,3 +430,48 @@ def load_file(path):
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no NCN model")
     return content
+
+
+# ---- A demonstration: `python ncn.py` --------------------------------------------------------------------------------
+@torch.no_grad()
+def main():
+    """Prints what the README's tour explains: sizes, the start, the leak, the salience cache, four tokens by hand."""
+    torch.manual_seed(0)
+    model, ids = ModulatedLM(NCNConfig()).eval(), torch.randint(50257, (1, 64))
+    print("1. Parameters at the paper's sizes")
+    for name, part in (*model.named_children(), ("all", model)):
+        count, total = (sum(p.numel() for p in m.parameters()) for m in (part, model))
+        print(f"   {name:12}{count:>12,}{count / total:8.2%}")
+    start = zip(SIGNALS, model.signals(ids).mean((0, 1, 2)), strict=True)
+    print("2. Signals at step 0:", *(f"{name} {mean:.4f}" for name, mean in start))
+
+    nn.init.normal_(model.controller.layer2.weight)  # as if it had learned, since a new controller hardly moves
+    other = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % 50257], dim=1)
+    print("3. One changes the last token. How far do the logits of the tokens before it move?")
+    for mode in SALIENCE:
+        leak = (model(ids, salience=mode) - model(other, salience=mode))[:, :-1].abs().max().item()
+        print(f"   {mode:12}{leak:.6f}" + "  it sees the future" * (leak > 1e-4))
+
+    scores, values = 9 * torch.randn(1, 2, 600), torch.randn(1, 2, 600, 128)  # (B, h, T), (B, h, T, e)
+    pooled, _ = salience_pool(scores, values)  # all tokens at once
+    _, state = salience_pool(scores[:, :, :1], values[:, :, :1])  # the first token, then 599 more, one by one
+    steps = torch.stack([salience_step(scores[:, :, t], values[:, :, t], state) for t in range(1, 600)], dim=2)
+    apart, size = (pooled[:, :, 1:] - steps).abs().max(), sum(x.numel() for x in state)
+    print(f"4. Salience cache against pool, 600 tokens: largest difference {apart:.0e}, state {size} numbers")
+
+    print("5. Four tokens by hand. Salience exp(score) 1, 2, 1, 4 and value 1, 4, 7, 2:")
+    score, value = torch.tensor([1.0, 2.0, 1.0, 4.0]).log(), torch.tensor([1.0, 4.0, 7.0, 2.0])
+    pooled, _ = salience_pool(score.view(1, 1, 4), value.view(1, 1, 4, 1))
+    print("   context 1/1, 9/3, 16/4, 24/8      =", *(f"{x:.0f}" for x in pooled.flatten()))
+    gain, precision, gate = actuate(torch.tensor([[math.log(3), math.log(math.exp(1.99) - 1), math.log(3)]]))[0]
+    print(f"   signals 2 * 3/4, 1.99 + 0.01, 3/4 = {gain:.2f} {precision:.2f} {gate:.2f}")
+    q, k, v = torch.tensor([[1.0]]), torch.tensor([0.0, 0, 0, math.log(3)]), torch.tensor([0.0, 0, 0, 12])
+    plain, sharp = (F.scaled_dot_product_attention(beta * q, k[:, None], v[:, None]) for beta in (1, precision))
+    x = modulate(sharp, torch.ones(1, 1), gain.view(1, 1))  # Eq. 10
+    y = modulate(torch.full((1, 1), 4.0), x, gain.view(1, 1), gate.view(1, 1))  # Eq. 11, 12, where the FFN says 4
+    print(f"   attention 12 * 3/6, sharper 9/12  = {plain.item():.2f} {sharp.item():.2f}\n"
+          f"   block 1 + 1.5 * 9, + 1.5 * 3/4 * 4 = {x.item():.2f} {y.item():.2f}")
+
+
+if __name__ == "__main__":
+    main()

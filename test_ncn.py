@@ -844,6 +844,17 @@ def test_only_global_salience_sees_the_future(salience):
         assert (model(changed) - before)[:, t:].abs().max() > 1e-2
 
 
+def test_the_demonstration_shows_what_the_readme_explains(capsys):
+    """`python ncn.py`: only global salience leaks, the cache equals the pool, and the numbers worked out by hand."""
+    ncn.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "sees the future" in line] == ["global"]
+    assert any(line.split()[:2] == ["controller", "281,298"] for line in lines)
+    assert float(next(line for line in lines if "cache" in line).split("difference ")[1].split(",")[0]) < 1e-5
+    by_hand = [line.split("= ")[1] for line in lines if "= " in line]
+    assert by_hand == ["1 3 4 3", "1.50 2.00 0.75", "6.00 9.00", "14.50 19.00"]
+
+
 @pytest.mark.parametrize("bad", [dict(n_head=3), dict(ncn_heads=5), dict(signals=("gain", "dopamine")), dict(n_ffn=-1),
                                  dict(salience="psychic"), dict(n_layer=0), dict(dropout=1.0), dict(block_size=1),
                                  dict(homeostatic_lambda=-1.0)])
