@@ -196,31 +196,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def rows_per_chunk(h, weight):
     """Tokens per chunk of linear_cross_entropy: LOGIT_BYTES of logits. The weight and its gradient pass through memory
     once per chunk, so few tokens are slow."""
-    return max(1, min(len(h), LOGIT_BYTES // (len(weight) * h.element_size())))
+    rows = max(1, min(len(h), LOGIT_BYTES // (len(weight) * h.element_size())))
+    return rows - rows % 128 if _tensor_cores(h) and rows > 128 else rows
+
+
+def _tensor_cores(h):
+    """Whether products want whole tiles: rows in multiples of 128, columns of 64."""
+    return h.is_cuda
 
 
 def _chunks(h, weight, targets, dtype, want_h, want_w):
     """-> mean loss, number of targets, unscaled gradients of h (N, d) and weight (V, d) (None where not wanted)."""
-    h, weight = h.to(dtype), weight.to(dtype)
-    V, rows, compiling = len(weight), rows_per_chunk(h, weight), torch.compiler.is_compiling()
-    # The buffer's rows start at multiples of 16 elements: an odd V would cost cuBLAS and our loads their alignment.
-    buffer = torch.empty(rows, -(-V // 16) * 16, dtype=h.dtype, device=h.device)[:, :V]
+    h, weight, V, compiling = h.to(dtype), weight.to(dtype), len(weight), torch.compiler.is_compiling()
+    tiles = _tensor_cores(h)
+    if tiles:  # columns of zeros behind the logits: the loss does not see them, and they add 0 to the gradients
+        weight = F.pad(weight, (0, 0, 0, -V % 64))
+    rows = rows_per_chunk(h, weight)
+    # The buffer's rows start at multiples of 16 elements: an odd V would cost a CPU's products a fifth.
+    buffer = torch.empty(rows, -(-len(weight) // 16) * 16, dtype=h.dtype, device=h.device)[:, :len(weight)]
     losses, dh = [], []
-    width = V if h.is_cuda or compiling else 4096  # of what is added to dw at a time: it stays in a CPU's cache
-    dw = torch.zeros(V, h.shape[1], dtype=torch.float32, device=h.device) if want_w else None
+    dw = torch.zeros(weight.shape, dtype=torch.float32, device=h.device) if want_w else None
     for x, target in zip(h.split(rows), targets.split(rows), strict=True):
-        logits = x @ weight.t() if compiling else torch.mm(x, weight.t(), out=buffer[:len(x)])
-        loss, p = _softmax_loss(logits, target, want_h or want_w)
-        losses.append(loss.sum())
+        p = x @ weight.t() if compiling else torch.mm(x, weight.t(), out=buffer[:len(x)])  # logits, and then:
+        losses.append(_softmax_loss(p[:, :V], target, want_h or want_w)[0].sum())
         if want_h:
             dh.append(p @ weight)
         if want_w and h.dtype == torch.float32:
             dw.addmm_(p.t(), x)
+        elif want_w and tiles and not compiling:  # compiled, torch 2.13 still fails on it (pytorch #163880)
+            torch.addmm(dw, p.t(), x, out_dtype=torch.float32, out=dw)
         elif want_w:  # a chunk's product is rounded to half precision, the sum over chunks is not
+            width = V if compiling else 4096  # of what is added at a time: it stays in a CPU's cache
             for part, columns in zip(dw.split(width), p.split(width, 1), strict=True):
                 part.add_(columns.t() @ x)
     n = (targets >= 0).sum().clamp(min=1)
-    return torch.stack(losses).sum() / n, n, torch.cat(dh) if want_h else None, dw
+    return torch.stack(losses).sum() / n, n, torch.cat(dh) if want_h else None, dw[:V] if want_w else None
 
 
 def _softmax_loss(logits, targets, gradient):

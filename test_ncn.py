@@ -531,6 +531,40 @@ def test_kernel_linear_cross_entropy(dtype, backend, monkeypatch, poison):
             assert kernels.linear_cross_entropy(h.flatten(0, 1), w, spread).item() == loss.item()
 
 
+@EVERY_DTYPE
+def test_kernel_head_in_whole_tiles(dtype, monkeypatch, poison):
+    """The GPU's way, here on a CPU: columns in multiples of 64, chunks of 128, a gradient added up in float32 by the
+    product itself. The padding changes no number."""
+    N, V, d = 300, 301, 24
+    h, w, targets = torch.randn(N, d).to(dtype), torch.randn(V, d).to(dtype) / 3, tokens(N, vocab_size=V)
+    inputs, seen, added = (h.requires_grad_(), w.requires_grad_()), [], []
+
+    def addmm(total, a, b, out_dtype, out):  # a CPU's has no out_dtype
+        added.append(len(b))
+        assert out is total and out.dtype == out_dtype == torch.float32 and a.dtype == b.dtype == dtype
+        return out.add_(a.float() @ b.float())
+
+    def softmax_loss(logits, *rest, real=kernels._softmax_loss):
+        seen.append((*logits.shape, logits.stride(0)))
+        return real(logits, *rest)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(kernels, "_softmax_loss", softmax_loss)
+    exact = kernels.exact(lambda h, w: F.cross_entropy(h @ w.T, targets), inputs)
+    results = []
+    for tiles, rows in (False, 128), (True, 200):
+        monkeypatch.setattr(kernels, "_tensor_cores", lambda h, tiles=tiles: tiles)
+        monkeypatch.setattr(kernels, "LOGIT_BYTES", rows * (320 if tiles else V) * dtype.itemsize)
+        results.append(kernels.step(lambda h, w: kernels.linear_cross_entropy(h, w, targets), inputs)())
+    assert seen == [(n, V, stride) for stride in (304, 320) for n in (128, 128, 44)]
+    (loss, dh, dw), tiled = results
+    assert torch.equal(tiled[0], loss) and tiled[2].shape == dw.shape
+    torch.testing.assert_close(tiled[1], dh, rtol=torch.finfo(dtype).eps, atol=1e-8)
+    if dtype == torch.float32:
+        torch.testing.assert_close(tiled[2], dw, rtol=1e-6, atol=1e-8)
+    else:  # a rounding less
+        assert added == [128, 128, 44] and (tiled[2] - exact[2]).norm() <= (dw - exact[2]).norm()
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
