@@ -228,7 +228,7 @@ __device__ inline float factor(const float* gate, i64 stride, i64 row) { return 
 
 template <typename Y, typename R> __global__ __launch_bounds__(512) void modulate_forward(
         R* __restrict__ out, const Y* __restrict__ y, const R* __restrict__ residual,
-        const float* __restrict__ gain, i64 gain_stride, const float* __restrict__ gate, i64 gate_stride,
+        const float* __restrict__ gain, const float* __restrict__ gate, i64 gain_stride, i64 gate_stride,
         i64 rows, i64 d) {
     for (i64 row = first_row(); row < rows; row += row_step()) {
         float g = gain[row * gain_stride] * factor(gate, gate_stride, row);
@@ -247,7 +247,7 @@ template <typename Y, typename R> __global__ __launch_bounds__(512) void modulat
 // gate dot and dgate = gain dot. The row is summed while it passes; eager PyTorch reads both tensors again.
 template <typename Y, typename R> __global__ __launch_bounds__(512) void modulate_backward(
         Y* __restrict__ dy, float* __restrict__ dgain, float* __restrict__ dgate, const R* __restrict__ dout,
-        const Y* __restrict__ y, const float* __restrict__ gain, i64 gain_stride, const float* __restrict__ gate,
+        const Y* __restrict__ y, const float* __restrict__ gain, const float* __restrict__ gate, i64 gain_stride,
         i64 gate_stride, i64 rows, i64 d) {
     for (i64 row = first_row(); row < rows; row += row_step()) {
         float first = gain[row * gain_stride], second = factor(gate, gate_stride, row), dot = 0;

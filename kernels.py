@@ -12,6 +12,7 @@ torch.compile) the eager definition does, silently and to the same result up to 
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import itertools
 import json
@@ -52,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
             x = x.contiguous()
             y, rstd = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
             launch(_name("rms_norm_forward", x), *_row_grid(x, rstd.numel(), d),
-                   (y, rstd, x, weight.float().contiguous(), rstd.numel(), d, float(eps)))
+                   (y, rstd, x, weight.float().contiguous()), (rstd.numel(), d, float(eps)))
         else:
             y, rstd = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
@@ -67,7 +68,7 @@ class _RMSNorm(torch.autograd.Function):
             grid, block = _row_grid(x, rows, d, 4)  # few blocks: each leaves a row of the weight's gradient to add up
             dx, partial = torch.empty_like(x), x.new_zeros(grid[0], d, dtype=torch.float32)
             launch(_name("rms_norm_backward", x), grid, block,
-                   (dx, partial, dy.contiguous(), x, weight.float().contiguous(), rstd, rows, d))
+                   (dx, partial, dy.contiguous(), x, weight.float().contiguous(), rstd), (rows, d))
             return dx, partial.sum(0).to(weight.dtype), None
         with torch.autocast(x.device.type, enabled=False):  # @ would round to half precision under it
             dy, xhat, w = dy.float(), x.float() * rstd, weight.float()
@@ -94,14 +95,15 @@ class _Actuate(torch.autograd.Function):  # the kernel's; autograd differentiate
         signals = torch.empty_like(z, dtype=torch.float32)
         ctx.save_for_backward(z)
         ctx.grid = _blocks(z, -(-z.numel() // 24), 64), 1  # a thread takes 24 elements
-        _launcher(z)(_name("actuate_forward", z), ctx.grid, (64, 1), (signals, z, z.numel()))
+        _launcher(z)(_name("actuate_forward", z), ctx.grid, (64, 1), (signals, z), (z.numel(),))
         return signals
 
     @staticmethod
     def backward(ctx, dsignals):
         z, = ctx.saved_tensors
         dz = torch.empty_like(z)
-        _launcher(z)(_name("actuate_backward", z), ctx.grid, (64, 1), (dz, dsignals.contiguous(), z, z.numel()))
+        _launcher(z)(_name("actuate_backward", z), ctx.grid, (64, 1), (dz, dsignals.contiguous(), z),
+                     (z.numel(),))
         return dz
 
 
@@ -123,10 +125,9 @@ class _Modulate(torch.autograd.Function):  # the kernel's; autograd differentiat
         ctx.save_for_backward(y, gain, gate)
         out = torch.empty_like(residual)
         columns = [None if s is None else s.reshape(-1) for s in (gain, gate)]  # one per row; views where they can be
-        ctx.factors = [f for c in columns for f in (c, 0 if c is None else c.stride(0))]
-        ctx.grid = _row_grid(y, gain.numel(), y.shape[-1])
-        _launcher(y)(_name("modulate_forward", y, residual), *ctx.grid,
-                     (out, y, residual, *ctx.factors, gain.numel(), y.shape[-1]))
+        ctx.columns, numbers = columns, (*(0 if c is None else c.stride(0) for c in columns), gain.numel(), y.shape[-1])
+        ctx.grid, ctx.numbers = _row_grid(y, gain.numel(), y.shape[-1]), numbers
+        _launcher(y)(_name("modulate_forward", y, residual), *ctx.grid, (out, y, residual, *columns), numbers)
         return out
 
     @staticmethod
@@ -134,7 +135,7 @@ class _Modulate(torch.autograd.Function):  # the kernel's; autograd differentiat
         y, gain, gate = ctx.saved_tensors
         dy, dgain, dgate = (None if t is None else t.new_empty(t.shape) for t in (y, gain, gate))
         _launcher(y)(_name("modulate_backward", y, dout), *ctx.grid,
-                     (dy, dgain, dgate, dout.contiguous(), y, *ctx.factors, gain.numel(), y.shape[-1]))
+                     (dy, dgain, dgate, dout.contiguous(), y, *ctx.columns), ctx.numbers)
         return dy, dout, dgain, dgate
 
 
@@ -143,14 +144,13 @@ def write_cache(k_cache, v_cache, k, v, position):
     strides. position: int64, one element, on their device, so that a captured CUDA graph can be replayed at new
     positions. No gradient passes. Past the end of the cache: IndexError on the CPU, not written on a GPU."""
     B, h, T, e = k.shape
-    slots = k_cache.shape[2]
+    slots, vectors = k_cache.shape[2], B * h * T * -(-e // 8)
     if ((launch := _launcher(k_cache, v_cache, k, v)) and position.device == k.device and position.dtype == torch.int64
             and k_cache.dtype == v_cache.dtype == k.dtype == v.dtype and v.shape == k.shape
             and k_cache.shape == v_cache.shape == (B, h, slots, e)):
-        vectors = B * h * T * -(-e // 8)
         launch(_name("write_cache", k), (_blocks(k, vectors, 256), 2), (256, 1),
-               (k_cache, v_cache, k, v, position, k_cache.stride(), v_cache.stride(), k.stride(), v.stride(),
-                h, T, e, slots, vectors))
+               (k_cache, v_cache, k, v, position),
+               (*(struct.pack("4q", *t.stride()) for t in (k_cache, v_cache, k, v)), h, T, e, slots, vectors))
         return
     with torch.no_grad():  # no int(position): reading it back from a GPU would stop the host, and a graph capture
         index = position.reshape(()) + torch.arange(T, device=k.device)
@@ -239,7 +239,7 @@ def _softmax_loss(logits, targets, gradient):
     if (launch := _launcher(logits)) and targets.device == logits.device:
         loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         launch(_name("softmax_loss", logits), *_row_grid(logits, *logits.shape),
-               (logits, loss, targets, *logits.shape, logits.stride(0), int(gradient)))
+               (logits, loss, targets), (*logits.shape, logits.stride(0), int(gradient)))
         return loss, logits
     rows = max(1, (1 << 20) // logits.shape[1])  # on a CPU as many as stay in its cache: 2.6 times as fast in bf16
     if len(logits) > rows and not logits.is_cuda and not torch.compiler.is_compiling():
@@ -360,48 +360,60 @@ def _cuda(device):
     driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     symbols, cubin = _cubin("{}{}".format(*torch.cuda.get_device_capability(device)))
     context, module, functions = ctypes.c_void_p(), ctypes.c_void_p(), {name: ctypes.c_void_p() for name in symbols}
+    driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device.index)  # where it fails, the next call does
+    code = driver.cuCtxPushCurrent_v2(context) or driver.cuModuleLoadData(ctypes.byref(module), cubin)
+    for name, symbol in symbols.items():
+        code = code or driver.cuModuleGetFunction(ctypes.byref(functions[name]), module, symbol.encode())
+    driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    if code:
+        raise RuntimeError(f"CUDA driver error {code} in kernels.py")
+    stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
+    return _launch(driver, context, functions, lambda: stream(device.index))
 
-    def call(function, *args):
-        code = driver.cuCtxPushCurrent_v2(context)
+
+def _launch(driver, context, functions, stream):
+    """launch(kernel, grid, block, tensors, numbers), by a driver, its functions by name and what gives torch's stream. The
+    kernel's arguments are the tensors (None is a null pointer), then the numbers: ints, floats, strides in bytes."""
+    push, run, pop, popped = (driver.cuCtxPushCurrent_v2, driver.cuLaunchKernel, driver.cuCtxPopCurrent_v2,
+                              ctypes.byref(ctypes.c_void_p()))
+    free = {name: [] for name in functions}  # a launch takes a packer out: no other thread writes into its buffer
+
+    def launch(name, grid, block, tensors, numbers):
+        packers = free[name]
+        pack, buffer, pointers = packer = packers.pop() if packers else _packer(tensors, numbers)
+        pack(buffer, 0, *[0 if t is None else t.data_ptr() for t in tensors], *numbers)
+        code = push(context)
         if not code:
-            code = getattr(driver, function)(*args)
-            driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+            code = run(functions[name], *grid, 1, *block, 1, 0, ctypes.c_void_p(stream()), pointers, None)
+            pop(popped)
+        packers.append(packer)
         if code:
             raise RuntimeError(f"CUDA driver error {code} in kernels.py")
-
-    def launch(name, grid, block, args):
-        words, pointers = _pack(args)  # words lives until the launch has read it
-        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        call("cuLaunchKernel", functions[name], *grid, 1, *block, 1, 0, stream, pointers, None)
-
-    driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device.index)  # where it fails, the next call does
-    call("cuModuleLoadData", ctypes.byref(module), cubin)
-    for name, symbol in symbols.items():
-        call("cuModuleGetFunction", ctypes.byref(functions[name]), module, symbol.encode())
     return launch
 
 
-def _pack(args):
-    """Kernel arguments -> (64-bit words, array of pointers to each argument's first word). Every parameter in
-    kernels.cu has 8 bytes, or is a struct of such (here a tuple); None is a null pointer, a float a double."""
-    words, starts = [], []
-    for a in args:
-        starts.append(8 * len(words))
-        if isinstance(a, float):
-            a, = struct.unpack("q", struct.pack("d", a))
-        words += a if isinstance(a, tuple) else (a.data_ptr() if isinstance(a, torch.Tensor) else a or 0,)
-    words = (ctypes.c_int64 * len(words))(*words)
-    return words, (ctypes.c_void_p * len(starts))(*(ctypes.addressof(words) + start for start in starts))
+def _packer(tensors, numbers):
+    """For arguments of these types: what packs them into a buffer, the buffer, and pointers to each of them there. Every
+    parameter in kernels.cu has 8 bytes, or is four strides."""
+    formats = ["q"] * len(tensors) + [{float: "d", bytes: "32s"}.get(type(n), "q") for n in numbers]
+    packed = struct.Struct("".join(formats))
+    buffer = ctypes.create_string_buffer(packed.size)
+    starts = itertools.accumulate(map(struct.calcsize, formats[:-1]), initial=ctypes.addressof(buffer))
+    return packed.pack_into, buffer, (ctypes.c_void_p * len(formats))(*starts)
 
 
 def _name(kernel, *tensors):
     return f"{kernel}<{', '.join(_TYPES[t.dtype] for t in tensors)}>"
 
 
+@functools.cache
+def _processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def _blocks(x, work, threads, per_processor=32):
     """Blocks that do `work`, one item per thread. More than the GPU holds at a time gain nothing: threads walk on."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return min(-(-work // threads), per_processor * processors)
+    return min(-(-work // threads), per_processor * _processors(x.device))
 
 
 def _row_grid(x, rows, width, per_processor=32):

@@ -196,12 +196,13 @@ def cpu_threads(sanitizer="", removed_barrier=0):
     program = shim_builds()[1][sanitizer]
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
 
-    def launch(name, grid, block, args):
-        storages = [a.untyped_storage() for a in args if isinstance(a, torch.Tensor)]
-        memory = {s.data_ptr(): s.nbytes() for s in storages}
+    def launch(name, grid, block, tensors, numbers):
+        memory = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors if t is not None)}
+        pack, buffer, _ = kernels._packer(tensors, numbers)
+        pack(buffer, 0, *(0 if t is None else t.data_ptr() for t in tensors), *numbers)
         head = INSTANCES[sanitizer].index(name), removed_barrier, *grid, *block
-        numbers = head, kernels._pack(args)[0], [n for piece in memory.items() for n in piece]
-        data = b"".join(struct.pack(f"{len(part) + 1}q", len(part), *part) for part in numbers)
+        parts = head, memoryview(buffer).cast("B").cast("q"), [n for piece in memory.items() for n in piece]
+        data = b"".join(struct.pack(f"{len(part) + 1}q", len(part), *part) for part in parts)
         data += b"".join(ctypes.string_at(*piece) for piece in memory.items())
         done = subprocess.run([program], input=data, capture_output=True, env=environment)
         assert done.returncode == 0, f"{name} {grid} {block}: {done.stderr[:3000].decode()}"
@@ -364,7 +365,7 @@ def test_kernel_address_sanitizer_sees_one_byte():
     x = torch.zeros(8, dtype=torch.bfloat16)  # 9 elements are claimed, 8 are there
     with pytest.raises(AssertionError, match="heap-buffer-overflow"):
         cpu_threads("address")("rms_norm_forward<bf16>", (1, 1), (32, 8), (
-            torch.empty_like(x), torch.zeros(1), x, torch.zeros(9), 1, 9, 1e-5))
+            torch.empty_like(x), torch.zeros(1), x, torch.zeros(9)), (1, 9, 1e-5))
 
 
 # ---- The GPU compilers -----------------------------------------------------------------------------------------------
@@ -402,19 +403,24 @@ def test_kernel_nvrtc(major):
 # ---- The road to the GPU, with a driver that only writes down what it is asked ---------------------------------------
 class FakeDriver:
     """Stands in for libcuda: notes every call; a launch is decoded as the GPU would read it."""
-    calls, fail = [], None
+    calls, fail, published = [], None, False
 
     def __getattr__(self, name):
         def call(*args):
             self.calls.append(name)
+            self.published |= GPU in kernels._launchers
             if name == "cuModuleGetFunction":
                 args[0]._obj.value = 1000 + self.calls.count(name)
             if name == "cuLaunchKernel":
                 self.launch = (args[0].value, *args[1:8], args[8].value)
                 self.words = [ctypes.cast(p, ctypes.POINTER(ctypes.c_int64))[0] for p in args[9]]
                 self.strides = list(ctypes.cast(args[9][-1], ctypes.POINTER(ctypes.c_int64))[:4])
+                self.within()
             return 1 if name == self.fail else 0
         return call
+
+    def within(self):
+        """What another thread may do while one launches."""
 
 
 def test_kernel_launch(monkeypatch):
@@ -422,21 +428,34 @@ def test_kernel_launch(monkeypatch):
     for module, name, value in (
             (kernels, "_launchers", {}), (kernels, "_reasons", {}), (torch.version, "cuda", "13.0"),
             (kernels, "_cubin", lambda arch: ({n: n for n in kernels._INSTANCES}, arch)),
-            (ctypes, "CDLL", lambda name: driver), (torch.cuda, "get_device_capability", lambda device: (9, 0)),
-            (torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 0x123456789a}))):
+            (ctypes, "CDLL", lambda name: driver), (torch.cuda, "get_device_capability", lambda device: (9, 0))):
         monkeypatch.setattr(module, name, value)
-    launch = kernels._cuda(GPU)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0x123456789a + index, raising=False)
+    kernels._launcher(tensor)
+    launch = kernels._launchers[GPU]
+    assert not driver.published  # no other thread can have seen a launcher whose functions are not there yet
     assert driver.calls.count("cuModuleGetFunction") == len(kernels._INSTANCES) and "cuLaunchKernel" not in driver.calls
-    x, driver.calls = torch.zeros(3), []
-    launch("softmax_loss<float>", (5, 2), (64, 4), (x, 1 << 40, 1e-5, None, -7, (1, 1 << 33, 3, 4)))
-    assert driver.calls == ["cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
-    function = 1001 + kernels._INSTANCES.index("softmax_loss<float>")
-    assert driver.launch == (function, 5, 2, 1, 64, 4, 1, 0, 0x123456789a)
-    assert driver.words == [x.data_ptr(), 1 << 40, struct.unpack("q", struct.pack("d", 1e-5))[0], 0, -7, 1]
-    assert driver.strides == [1, 1 << 33, 3, 4]
+    assert driver.calls[-1] == "cuCtxPopCurrent_v2"
+    x, driver.calls, strides = torch.zeros(3), [], struct.pack("4q", 1, 1 << 33, 3, 4)
+    arguments = (x, None), (1 << 40, 1e-5, -7, strides)
+
+    def another_launch():
+        driver.within = lambda: None
+        mine = driver.launch, driver.words, driver.strides, [*driver.calls]
+        launch("softmax_loss<float>", (1, 1), (32, 1), (None, None), (1, 2.0, 3, bytes(32)))
+        assert driver.words[:2] == [0, 0]
+        driver.launch, driver.words, driver.strides, driver.calls = mine
+    for driver.within in (another_launch, lambda: None):  # from another thread, before the driver has read the arguments
+        launch("softmax_loss<float>", (5, 2), (64, 4), *arguments)
+        assert driver.calls == ["cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"]
+        function = 1001 + kernels._INSTANCES.index("softmax_loss<float>")
+        assert driver.launch == (function, 5, 2, 1, 64, 4, 1, 0, 0x123456789a)
+        assert driver.words == [x.data_ptr(), 0, 1 << 40, struct.unpack("q", struct.pack("d", 1e-5))[0], -7, 1]
+        assert driver.strides == [1, 1 << 33, 3, 4]
+        driver.calls = []
     driver.fail = "cuLaunchKernel"
     with pytest.raises(RuntimeError, match="driver error 1"):
-        launch("softmax_loss<float>", (1, 1), (32, 1), (x,))
+        launch("softmax_loss<float>", (1, 1), (32, 1), *arguments)
     assert driver.calls[-1] == "cuCtxPopCurrent_v2"  # the context stack is left as it was
 
     def no_library(name):
@@ -447,6 +466,7 @@ def test_kernel_launch(monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", version)
         driver.fail = fail
         kernels._reasons.clear()
+        kernels._launchers.clear()
         kernels._launcher(tensor)
         assert GPU not in kernels._launchers and kernels._reasons[GPU].endswith(reason)
 
