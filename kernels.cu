@@ -31,6 +31,9 @@ __device__ inline float half_to_float(unsigned short h) {
 __device__ inline unsigned short float_to_half(float x) {
     unsigned short h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x)); return h;
 }
+__device__ inline float exp2_approx(float x) {   // one instruction; exp2f minds subnormal numbers, and takes four
+    float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
+}
 #endif
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(f16 x) { return half_to_float(x.bits); }
@@ -47,32 +50,43 @@ __device__ inline void from_float(bf16& to, float x) {   // round to nearest, ti
 }
 
 // ---- One vector: elements i .. i+7 of a row that ends at n.
-__device__ inline bool whole(const void* p, i64 i, i64 n) { return i + 8 <= n && ((i64)p & 15) == 0; }
-
-template <typename T> __device__ inline void load(float (&v)[8], const T* row, i64 i, i64 n, float fill = 0) {
-    if (whole(row + i, i, n)) {
-        alignas(16) T t[8];
-        #pragma unroll
-        for (int q = 0; q < (int)sizeof(T) / 2; q++) ((uint4*)t)[q] = ((const uint4*)(row + i))[q];
-        #pragma unroll
-        for (int k = 0; k < 8; k++) v[k] = to_float(t[k]);
-    } else {
-        #pragma unroll
-        for (int k = 0; k < 8; k++) v[k] = i + k < n ? to_float(row[i + k]) : fill;
-    }
+template <typename T> __device__ inline bool whole(const T* row, i64 i, i64 n) {
+    return i + 8 <= n && ((i64)(row + i) & 15) == 0;
 }
 
-template <typename T> __device__ inline void store(T* row, i64 i, i64 n, const float (&v)[8]) {
+template <typename T> struct From { float (&v)[8]; const T* row; };   // a vector, and where it comes from
+template <typename T> From(float (&v)[8], const T* row) -> From<T>;
+
+template <typename T> __device__ inline void load_whole(From<T> from, i64 i) {
+    alignas(16) T t[8];
+    #pragma unroll
+    for (int q = 0; q < (int)sizeof(T) / 2; q++) ((uint4*)t)[q] = ((const uint4*)(from.row + i))[q];
+    #pragma unroll
+    for (int k = 0; k < 8; k++) from.v[k] = to_float(t[k]);
+}
+
+// All that an operation reads is loaded in one branch: the loads go out back to back, and their waits overlap. In a
+// branch for each, a load would wait until the one before has arrived.
+template <typename... T> __device__ inline void load(i64 i, i64 n, From<T>... from) {
+    if ((whole(from.row, i, n) && ...)) (load_whole(from, i), ...);
+    else
+        #pragma unroll
+        for (int k = 0; k < 8; k++) ((from.v[k] = i + k < n ? to_float(from.row[i + k]) : 0), ...);
+}
+
+template <typename T> __device__ inline void store_whole(T* row, i64 i, const float (&v)[8]) {
     alignas(16) T t[8];
     #pragma unroll
     for (int k = 0; k < 8; k++) from_float(t[k], v[k]);
-    if (whole(row + i, i, n)) {
+    #pragma unroll
+    for (int q = 0; q < (int)sizeof(T) / 2; q++) ((uint4*)(row + i))[q] = ((const uint4*)t)[q];
+}
+
+template <typename T> __device__ inline void store(T* row, i64 i, i64 n, const float (&v)[8]) {
+    if (whole(row, i, n)) store_whole(row, i, v);
+    else
         #pragma unroll
-        for (int q = 0; q < (int)sizeof(T) / 2; q++) ((uint4*)(row + i))[q] = ((const uint4*)t)[q];
-    } else {
-        #pragma unroll
-        for (int k = 0; k < 8; k++) if (i + k < n) row[i + k] = t[k];
-    }
+        for (int k = 0; k < 8; k++) if (i + k < n) from_float(row[i + k], v[k]);
 }
 
 // ---- Which rows are this group's, and which vectors of a row are this thread's.
@@ -96,7 +110,7 @@ template <typename Op> __device__ inline float reduce(float v) {
         __syncthreads();   // the readers of the previous call are done, before anyone writes again
         if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
         __syncthreads();   // every warp has written, before anyone reads
-        v = of_warp[threadIdx.x % warps];   // each run of `warps` lanes holds every warp's value once
+        v = of_warp[threadIdx.x & (warps - 1)];   // each run of `warps` lanes holds every warp's value once
         for (int o = warps / 2; o; o >>= 1) v = Op::of(v, __shfl_xor_sync(~0u, v, o));
     }
     return v;
@@ -110,15 +124,14 @@ template <typename T> __global__ __launch_bounds__(512) void rms_norm_forward(
     for (i64 row = first_row(); row < rows; row += row_step()) {
         float v[8] = {}, w[8], sum = 0;
         for (i64 i = first_vector(); i < d; i += vector_step()) {
-            load(v, x + row * d, i, d);
+            load(i, d, From{v, x + row * d}, From{w, weight});
             #pragma unroll
             for (int k = 0; k < 8; k++) sum += v[k] * v[k];
         }
         float r = rsqrtf(reduce<Sum>(sum) / d + (float)eps);
         if (threadIdx.x == 0) rstd[row] = r;
         for (i64 i = first_vector(); i < d; i += vector_step()) {
-            if (d > vector_step()) load(v, x + row * d, i, d);   // else v still holds it
-            load(w, weight, i, d);
+            if (d > vector_step()) load(i, d, From{v, x + row * d}, From{w, weight});   // else they are still there
             #pragma unroll
             for (int k = 0; k < 8; k++) v[k] = v[k] * r * w[k];
             store(y + row * d, i, d, v);
@@ -129,8 +142,8 @@ template <typename T> __global__ __launch_bounds__(512) void rms_norm_forward(
 // With xhat = x * rstd:  dx = rstd * (dy * weight - xhat * mean(dy * weight * xhat)),  dweight = sum over rows of
 // dy * xhat. The naive sum over rows is an atomic add per element: slow, and in another order every run. Here a
 // thread keeps its 8 columns in registers over all rows of its group, and each block writes one row of `partial`
-// (blocks, d), which torch sums. So dy and x are read once for both gradients. `partial` comes zeroed: a row too
-// wide for registers is added up in it directly (no race: group = block, and a column belongs to one thread).
+// (blocks, d), which torch sums. So dy and x are read once for both gradients. A row too wide for registers is added
+// up in `partial` directly (no race: group = block, and a column belongs to one thread).
 template <typename T> __global__ __launch_bounds__(512) void rms_norm_backward(
         T* __restrict__ dx, float* __restrict__ partial, const T* __restrict__ dy, const T* __restrict__ x,
         const float* __restrict__ weight, const float* __restrict__ rstd, i64 rows, i64 d) {
@@ -139,24 +152,19 @@ template <typename T> __global__ __launch_bounds__(512) void rms_norm_backward(
     for (i64 row = first_row(); row < rows; row += row_step()) {
         float a[8] = {}, b[8] = {}, w[8] = {}, r = rstd[row], dot = 0;
         for (i64 i = first_vector(); i < d; i += vector_step()) {
-            load(a, x + row * d, i, d);
-            load(b, dy + row * d, i, d);
-            load(w, weight, i, d);
+            load(i, d, From{a, x + row * d}, From{b, dy + row * d}, From{w, weight});
             #pragma unroll
             for (int k = 0; k < 8; k++) dot += b[k] * w[k] * (a[k] * r);
         }
         float mean = reduce<Sum>(dot) / d;
         for (i64 i = first_vector(); i < d; i += vector_step()) {
-            if (wide) {
-                load(a, x + row * d, i, d);
-                load(b, dy + row * d, i, d);
-                load(w, weight, i, d);
-            }
+            if (wide) load(i, d, From{a, x + row * d}, From{b, dy + row * d}, From{w, weight});
             #pragma unroll
             for (int k = 0; k < 8; k++) {
                 float xhat = a[k] * r;
+                i64 at = blockIdx.x * d + i + k;
                 if (!wide) dw[k] += b[k] * xhat;
-                else if (i + k < d) partial[blockIdx.x * d + i + k] += b[k] * xhat;
+                else if (i + k < d) partial[at] = (row == blockIdx.x ? 0 : partial[at]) + b[k] * xhat;
                 a[k] = r * (b[k] * w[k] - xhat * mean);
             }
             store(dx + row * d, i, d, a);
@@ -200,7 +208,7 @@ template <typename T> __global__ __launch_bounds__(64) void actuate_forward(
         #pragma unroll
         for (int u = 0; u < 24; u += 8) {
             float v[8];
-            load(v, z, i + u, n);
+            load(i + u, n, From{v, z});
             #pragma unroll
             for (int k = 0; k < 8; k++) v[k] = signal(v[k], (u + k) % 3);
             store(signals, i + u, n, v);
@@ -214,8 +222,7 @@ template <typename T> __global__ __launch_bounds__(64) void actuate_backward(
         #pragma unroll
         for (int u = 0; u < 24; u += 8) {
             float v[8], g[8];
-            load(v, z, i + u, n);
-            load(g, dsignals, i + u, n);
+            load(i + u, n, From{v, z}, From{g, dsignals});
             #pragma unroll
             for (int k = 0; k < 8; k++) v[k] = g[k] * slope(v[k], (u + k) % 3);
             store(dz, i + u, n, v);
@@ -234,8 +241,7 @@ template <typename Y, typename R> __global__ __launch_bounds__(512) void modulat
         float g = gain[row * gain_stride] * factor(gate, gate_stride, row);
         for (i64 i = first_vector(); i < d; i += vector_step()) {
             float a[8], b[8];
-            load(a, y + row * d, i, d);
-            load(b, residual + row * d, i, d);
+            load(i, d, From{a, y + row * d}, From{b, residual + row * d});
             #pragma unroll
             for (int k = 0; k < 8; k++) b[k] += g * a[k];
             store(out + row * d, i, d, b);
@@ -253,8 +259,7 @@ template <typename Y, typename R> __global__ __launch_bounds__(512) void modulat
         float first = gain[row * gain_stride], second = factor(gate, gate_stride, row), dot = 0;
         for (i64 i = first_vector(); i < d; i += vector_step()) {
             float a[8], b[8];
-            load(a, dout + row * d, i, d);
-            load(b, y + row * d, i, d);
+            load(i, d, From{a, dout + row * d}, From{b, y + row * d});
             #pragma unroll
             for (int k = 0; k < 8; k++) dot += a[k] * b[k], a[k] *= first * second;
             store(dy + row * d, i, d, a);
@@ -268,22 +273,25 @@ template <typename Y, typename R> __global__ __launch_bounds__(512) void modulat
 // ==== 4. Zero-copy KV cache: cache[b, h, *position + t] = new[b, h, t], for keys (blockIdx.y 0) and values (1).
 // The naive cache concatenates: it copies all the past for every token. Here only the new rows move, and the
 // position is read on the device, so that a captured CUDA graph writes to a new place at every replay. A slot
-// outside the cache is not written. One thread copies one vector of one row; n is the number of vectors.
+// outside the cache is not written. One thread copies one vector of one row; n, below 2^31, is the number of vectors:
+// which row and vector is whose takes five divisions, and one of 64 bits costs as much as ten of 32.
 struct Strides { i64 batch, head, time, element; };
 
 template <typename T> __global__ __launch_bounds__(256) void write_cache(
         T* k_cache, T* v_cache, const T* k, const T* v, const i64* position, Strides to_k, Strides to_v,
-        Strides from_k, Strides from_v, i64 heads, i64 time, i64 width, i64 slots, i64 n) {
+        Strides from_k, Strides from_v, i64 n_heads, i64 n_time, i64 width, i64 slots, i64 n) {
     T* cache = blockIdx.y ? v_cache : k_cache;
     const T* fresh = blockIdx.y ? v : k;
     Strides to = blockIdx.y ? to_v : to_k, from = blockIdx.y ? from_v : from_k;
-    i64 vectors = (width + 7) / 8, start = *position;
-    for (i64 u = blockIdx.x * (i64)blockDim.x + threadIdx.x; u < n; u += gridDim.x * (i64)blockDim.x) {
-        i64 i = u % vectors * 8, row = u / vectors, t = row % time, h = row / time % heads, b = row / time / heads;
+    unsigned heads = n_heads, time = n_time, vectors = (width + 7) / 8;
+    i64 start = *position;
+    for (unsigned u = blockIdx.x * blockDim.x + threadIdx.x; u < n; u += gridDim.x * blockDim.x) {
+        i64 i = u % vectors * 8;
+        unsigned row = u / vectors, t = row % time, h = row / time % heads, b = row / time / heads;
         if (start + t < 0 || start + t >= slots) continue;
         T* target = cache + b * to.batch + h * to.head + (start + t) * to.time + i * to.element;
         const T* source = fresh + b * from.batch + h * from.head + t * from.time + i * from.element;
-        if (to.element == 1 && from.element == 1 && whole(target, i, width) && whole(source, i, width))
+        if (to.element == 1 && from.element == 1 && whole(target - i, i, width) && whole(source - i, i, width))
             for (int q = 0; q < (int)sizeof(T) / 2; q++) ((uint4*)target)[q] = ((const uint4*)source)[q];
         else
             for (int e = 0; e < 8 && i + e < width; e++) target[e * to.element] = source[e * from.element];
@@ -298,41 +306,49 @@ template <typename T> __global__ __launch_bounds__(256) void write_cache(
 // and one write. loss (rows,) in nats; a negative target is ignored (loss 0, gradient 0), one beyond the
 // vocabulary gives NaN. logits (rows, `stride` apart) become softmax - onehot(target), unscaled: 1 / N would
 // underflow in f16.
+//
+// Here the instructions count as much as the bytes. Whole vectors have loops without a branch. e^(x - m) is
+// 2^(x log2(e) - m), one multiply-add and one ex2, with m in units of log 2; its rounding is the same in every term
+// and cancels. And no element is asked whether it is the target's: the thread that passes there reads the logit
+// before and takes the 1 off after; so no other thread's write is in the way.
 template <typename T> __global__ __launch_bounds__(512) void softmax_loss(
         T* __restrict__ logits, float* __restrict__ loss, const i64* __restrict__ targets, i64 rows, i64 vocab,
         i64 stride, i64 want_gradient) {
-    const float lowest = -3.402823466e38f, infinity = __int_as_float(0x7f800000);
+    const float lowest = -3.402823466e38f, infinity = __int_as_float(0x7f800000), log2e = 1.44269504f;
     for (i64 row = first_row(); row < rows; row += row_step()) {
         T* x = logits + row * stride;
-        float v[8] = {}, m = lowest, s = 0;   // not -inf: (-inf) - (-inf) is NaN
-        for (i64 i = first_vector(); i < vocab; i += vector_step()) {
-            load(v, x, i, vocab, -infinity);
-            float old = m;
-            #pragma unroll
-            for (int k = 0; k < 8; k++) m = fmaxf(m, v[k]);
-            s *= __expf(old - m);
-            #pragma unroll
-            for (int k = 0; k < 8; k++) s += __expf(v[k] - m);
-        }
-        float top = reduce<Max>(m), total = reduce<Sum>(s * __expf(m - top));
-        float lse = top + logf(total), scale = 1 / total;
-        i64 target = targets[row];
+        i64 target = targets[row], end = whole(x, 0, vocab) ? vocab / 8 * 8 : 0;   // of the vectors; then elements
         bool valid = target >= 0 && target < vocab;
-        if (threadIdx.x == 0 && !valid) loss[row] = target < 0 ? 0 : infinity - infinity;
-        if (!want_gradient) {
-            if (threadIdx.x == 0 && valid) loss[row] = lse - to_float(x[target]);
-            continue;
-        }
-        for (i64 i = first_vector(); i < vocab; i += vector_step()) {
-            if (vocab > vector_step()) load(v, x, i, vocab);
+        bool mine = valid && ((target < end ? target / 8 : target - end) & (blockDim.x - 1)) == threadIdx.x;
+        float v[8], m = lowest, s = 0, at_target = mine ? to_float(x[target]) : 0;   // not -inf: (-inf) - (-inf) is NaN
+        for (i64 i = first_vector(); i < end; i += vector_step()) {
+            load_whole(From{v, x}, i);
+            float old = m, top = v[0];
             #pragma unroll
-            for (int k = 0; k < 8; k++) {
-                // The thread that overwrites the target's logit is the one that reads it: no race, no barrier.
-                bool hit = valid && i + k == target;
-                if (hit) loss[row] = lse - v[k];
-                v[k] = valid ? __expf(v[k] - top) * scale - hit : 0;
-            }
-            store(x, i, vocab, v);
+            for (int k = 1; k < 8; k++) top = fmaxf(top, v[k]);
+            m = fmaxf(m, top * log2e);
+            s *= exp2_approx(old - m);
+            #pragma unroll
+            for (int k = 0; k < 8; k++) s += exp2_approx(fmaf(v[k], log2e, -m));
         }
+        for (i64 i = end + threadIdx.x; i < vocab; i += blockDim.x) {
+            float old = m, z = to_float(x[i]);
+            m = fmaxf(m, z * log2e);
+            s = s * exp2_approx(old - m) + exp2_approx(fmaf(z, log2e, -m));
+        }
+        float top = reduce<Max>(m), total = reduce<Sum>(s * exp2_approx(m - top)), scale = valid / total;
+        at_target = fmaf(at_target, log2e, -top);
+        if (mine) loss[row] = (log2f(total) - at_target) * 0.693147181f;
+        if (threadIdx.x == 0 && !valid) loss[row] = target < 0 ? 0 : infinity - infinity;
+        if (!want_gradient) continue;
+        for (i64 i = first_vector(); i < end; i += vector_step()) {
+            load_whole(From{v, x}, i);
+            #pragma unroll
+            for (int k = 0; k < 8; k++) v[k] = exp2_approx(fmaf(v[k], log2e, -top)) * scale;
+            store_whole(x, i, v);
+        }
+        for (i64 i = end + threadIdx.x; i < vocab; i += blockDim.x)
+            from_float(x[i], exp2_approx(fmaf(to_float(x[i]), log2e, -top)) * scale);
+        if (mine) from_float(x[target], exp2_approx(at_target) * scale - 1);
     }
 }

@@ -65,8 +65,8 @@ class _RMSNorm(torch.autograd.Function):
         rows, d = rstd.numel(), x.shape[-1]
         if (launch := _launcher(x, weight, dy)) and weight.shape == (d,):
             x = x.contiguous()
-            grid, block = _row_grid(x, rows, d, 4)  # few blocks: each leaves a row of the weight's gradient to add up
-            dx, partial = torch.empty_like(x), x.new_zeros(grid[0], d, dtype=torch.float32)
+            grid, block = _row_grid(x, rows, d, few=True)  # each block leaves a row of the weight's gradient to add up
+            dx, partial = torch.empty_like(x), x.new_empty(grid[0], d, dtype=torch.float32)
             launch(_name("rms_norm_backward", x), grid, block,
                    (dx, partial, dy.contiguous(), x, weight.float().contiguous(), rstd), (rows, d))
             return dx, partial.sum(0).to(weight.dtype), None
@@ -147,7 +147,7 @@ def write_cache(k_cache, v_cache, k, v, position):
     slots, vectors = k_cache.shape[2], B * h * T * -(-e // 8)
     if ((launch := _launcher(k_cache, v_cache, k, v)) and position.device == k.device and position.dtype == torch.int64
             and k_cache.dtype == v_cache.dtype == k.dtype == v.dtype and v.shape == k.shape
-            and k_cache.shape == v_cache.shape == (B, h, slots, e)):
+            and k_cache.shape == v_cache.shape == (B, h, slots, e) and vectors < 1 << 31):
         launch(_name("write_cache", k), (_blocks(k, vectors, 256), 2), (256, 1),
                (k_cache, v_cache, k, v, position),
                (*(struct.pack("4q", *t.stride()) for t in (k_cache, v_cache, k, v)), h, T, e, slots, vectors))
@@ -416,11 +416,12 @@ def _blocks(x, work, threads, per_processor=32):
     return min(-(-work // threads), per_processor * _processors(x.device))
 
 
-def _row_grid(x, rows, width, per_processor=32):
-    """Grid and block for a thread group per row: 8 elements a thread, 32 to 512 threads; groups of 32 share a block."""
+def _row_grid(x, rows, width, few=False):
+    """Grid and block for a thread group per row: 8 elements a thread, 32 to 512 threads; groups of 32 share a block.
+    Few blocks are as many as a processor needs to be busy: 1,024 threads."""
     group = min(512, max(32, 1 << (-(-width // 8) - 1).bit_length()))
     groups = 8 if group == 32 else 1
-    return (_blocks(x, rows, groups, per_processor), 1), (group, groups)
+    return (_blocks(x, rows, groups, max(4, 1024 // (group * groups)) if few else 32), 1), (group, groups)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
