@@ -9,11 +9,12 @@
 //      memory transaction of 32 bytes brings one element that anybody wants.
 //   2. A THREAD GROUP per row: neighbours read neighbours, every byte fetched is used, and the row's sum goes
 //      through warp shuffles (registers to registers) instead of memory.
-//   3. A VECTOR of 8 elements per thread, in loads of 16 bytes: fewer instructions for the same bytes, so that more
-//      are in flight. Only where the address is aligned to 16 bytes; rows of odd width take scalar loads.
+//   3. A VECTOR of 8 elements per thread, in loads of 16 bytes, those of all operands at once: fewer instructions for
+//      the same bytes, and more of these in flight. Only where the addresses are aligned to 16 bytes; rows of odd
+//      width take scalar loads.
 //   4. The row stays in registers between the reduction and the result. A group has at most 512 threads (so that
 //      each may have 64 registers), which does for 4,096 elements; a wider row is read again, from the cache.
-// Elements are float, f16 or bf16 in memory and float in registers. Indices have 64 bits.
+// Elements are float, f16 or bf16 in memory and float in registers. Indices have 64 bits, unless they are divided (4.).
 //
 // A block is blockDim.y groups of blockDim.x threads, a power of two. Either a group is one warp (blockDim.x == 32,
 // rows up to 256 wide; several groups per block) or it is the whole block (blockDim.y == 1). Groups walk over the
@@ -23,7 +24,7 @@ struct f16 { unsigned short bits; };
 struct bf16 { unsigned short bits; };
 
 // ---- Conversions. cuda_fp16.h requires the toolkit; two lines of PTX do its work. On a CPU the shim around this
-// file brings half_to_float and float_to_half.
+// file brings these three.
 #ifdef __CUDACC__
 __device__ inline float half_to_float(unsigned short h) {
     float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h)); return x;

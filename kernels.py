@@ -20,7 +20,9 @@ import os
 import struct
 import sys
 import time
+import timeit
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -372,10 +374,10 @@ def _cuda(device):
 
 
 def _launch(driver, context, functions, stream):
-    """launch(kernel, grid, block, tensors, numbers), by a driver, its functions by name and what gives torch's stream. The
-    kernel's arguments are the tensors (None is a null pointer), then the numbers: ints, floats, strides in bytes."""
-    push, run, pop, popped = (driver.cuCtxPushCurrent_v2, driver.cuLaunchKernel, driver.cuCtxPopCurrent_v2,
-                              ctypes.byref(ctypes.c_void_p()))
+    """launch(kernel, grid, block, tensors, numbers), from a driver, its functions by name and what gives the stream.
+    A kernel's arguments are the tensors (None: a null pointer), then the numbers (int, float, strides as bytes)."""
+    push, run, pop = driver.cuCtxPushCurrent_v2, driver.cuLaunchKernel, driver.cuCtxPopCurrent_v2
+    popped = ctypes.byref(ctypes.c_void_p())
     free = {name: [] for name in functions}  # a launch takes a packer out: no other thread writes into its buffer
 
     def launch(name, grid, block, tensors, numbers):
@@ -393,8 +395,8 @@ def _launch(driver, context, functions, stream):
 
 
 def _packer(tensors, numbers):
-    """For arguments of these types: what packs them into a buffer, the buffer, and pointers to each of them there. Every
-    parameter in kernels.cu has 8 bytes, or is four strides."""
+    """For arguments of these types: what packs them into a buffer, the buffer, and pointers to each of them there.
+    Every parameter in kernels.cu has 8 bytes, or is four strides."""
     formats = ["q"] * len(tensors) + [{float: "d", bytes: "32s"}.get(type(n), "q") for n in numbers]
     packed = struct.Struct("".join(formats))
     buffer = ctypes.create_string_buffer(packed.size)
@@ -435,7 +437,7 @@ def cases(rows, d, dtype, device="cpu", seed=0):
     size, V, heads = dtype.itemsize, min(4 * d + 1, (1 << 23) // d | 1), max(1, d // 32)
 
     def draw(*shape, dtype=dtype, scale=1.0):
-        return (torch.randn(shape, generator=rng) * scale).to(device, dtype).requires_grad_()
+        return (torch.randn(shape, generator=rng, device="cpu") * scale).to(device, dtype).requires_grad_()
 
     def write(k, v, k_cache, v_cache, position):
         caches = k_cache.clone(), v_cache.clone()
@@ -446,8 +448,9 @@ def cases(rows, d, dtype, device="cpu", seed=0):
         loss = F.cross_entropy(x, t, ignore_index=-1, reduction="none")
         return loss.detach(), *torch.autograd.grad(loss.sum(), x)
 
-    w, signals = draw(d, dtype=torch.float32), draw(rows, 2, 3, dtype=torch.float32)
-    targets = torch.randint(-1 if rows > 1 else 0, V, (rows,), generator=rng).to(device)
+    w, signals = draw(d, dtype=torch.float32), draw(rows, 2, 3, dtype=torch.float32).detach()
+    signals = [signals[:, 1, n:n + 1].requires_grad_() for n in (0, 2)]  # gain and gate, strided
+    targets = torch.randint(-1 if rows > 1 else 0, V, (rows,), generator=rng, device="cpu").to(device)
     kv = [draw(1, rows, heads, d // heads).detach().transpose(1, 2) for _ in "kv"]
     kv += [draw(1, heads, rows + 3, d // heads).detach() for _ in "kv"]
     return {
@@ -456,9 +459,8 @@ def cases(rows, d, dtype, device="cpu", seed=0):
                                                       (F.softplus(z[..., 1]) + 0.01).clamp(max=4),
                                                       z[..., 2].sigmoid()), -1),
                       (draw(rows, 6, 3, scale=3.0),), rows * 18 * (3 * size + 8)),
-        "3 modulate": (lambda y, r, s: modulate(y, r, s[:, 1, :1], s[:, 1, 2:]),
-                       lambda y, r, s: r + s[:, 1, :1] * s[:, 1, 2:] * y,
-                       (draw(rows, d), draw(rows, d), signals), 6 * rows * d * size),
+        "3 modulate": (modulate, lambda y, r, gain, gate: r + gain * gate * y,
+                       (draw(rows, d), draw(rows, d), *signals), 6 * rows * d * size),
         "4 write_cache": (write, lambda k, v, *to: (to[0].slice_scatter(k, 2, 2, rows + 2),
                                                     to[1].slice_scatter(v, 2, 2, rows + 2)),
                           (*kv, torch.tensor([2], device=device)), 8 * rows * d * size),
@@ -479,7 +481,7 @@ def step(function, inputs):
         ends = [o for o in out if o.requires_grad]
         if not given:  # bfloat16: exact in every type
             rng = torch.Generator().manual_seed(0)
-            given.extend(torch.randn(o.shape, generator=rng).bfloat16().to(o.device, o.dtype) for o in ends)
+            given.extend(torch.randn(o.shape, generator=rng, device="cpu").bfloat16().to(o) for o in ends)
         return [o.detach() for o in out] + list(torch.autograd.grad(ends, wanted, given) if ends else ())
     return run
 
@@ -510,6 +512,15 @@ def _seconds(run, captured=True):
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return sorted(times[2:])[len(times) // 2 - 1] / calls
+
+
+def _launch_seconds():
+    """Python's share of a launch: its time with a driver of C functions that do nothing."""
+    nothing = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).abs  # of 0: no error
+    driver = SimpleNamespace(cuCtxPushCurrent_v2=nothing, cuLaunchKernel=nothing, cuCtxPopCurrent_v2=nothing)
+    arguments = "", (1, 1), (32, 1), [torch.ones(1)] * 4, (1, 1, 1e-5)  # as of rms_norm_forward
+    launch = _launch(driver, None, {"": None}, int)
+    return min(timeit.repeat(lambda: launch(*arguments), number=500, repeat=40)) / 500
 
 
 def peak_memory(device, reset=False):
@@ -552,7 +563,7 @@ def _row(function, reference, inputs, moved, bandwidth):
 
 def main(tokens=2048, vocabulary=50257, width=256):
     """Prints the table; the sizes are those of its last part, head and loss."""
-    print(backend())
+    print(f"{backend()}\nof a launch, {_launch_seconds() * 1e6:.1f} us are Python's")
     device, sizes, bandwidth = torch.device("cpu"), ((40, 256),), float("inf")
     if torch.cuda.is_available():
         device, sizes = torch.device("cuda", torch.cuda.current_device()), ((8192, 256), (65536, 512))
