@@ -173,49 +173,44 @@ def salience_pool(scores, values, chunk=32):
 
     A token has one score, whoever looks at it, so no (T, T) matrix is needed: the average over 0..t is a sum of
     exp(score_i) values_i over a sum of exp(score_i), and sums over a prefix can be had by n chunks of C tokens. In the
-    chunk of t each token counts by itself; of an earlier chunk only its maximum, its sum and its weighted value. Every
-    exponent is a score, or a chunk's maximum, minus a maximum that already covers it, so never above 0, and that of
-    the largest score is 0: nothing overflows and no sum is 0, for any finite scores.
+    chunk of t each token counts by itself; of an earlier chunk only its maximum and its sums. Every exponent is a
+    score, or a chunk's maximum, minus a maximum that already covers it, so never above 0, and that of the largest score
+    is 0: nothing overflows and no sum is 0, for any finite scores.
 
-    The state after the last token: maximum (B, h), sum (B, h) and weighted value (B, h, e), views: copy what you keep.
-    """
+    The state after the last token: the maximum (B, h, 1) and the sums (B, h, e + 1), the weighted values' and, last,
+    the weights'; views: copy what you keep."""
     T = scores.size(-1)
     n = -(-T // chunk)
     pad = n * chunk - T
     s = F.pad(scores, (0, pad), value=-math.inf).unflatten(-1, (n, chunk))  # (B, h, n, C)
-    v = F.pad(values, (0, 0, 0, pad)).unflatten(-2, (n, chunk))  # (B, h, n, C, e)
-    # The maxima only set scales that cancel, top between value and total, peak between weight and before: no gradient.
+    v = F.pad(values, (0, 1, 0, pad), value=1.0).unflatten(-2, (n, chunk))  # (B, h, n, C, e + 1): its last sum is total
+    # The maxima only set scales that cancel, top between the sums, peak between weight and before: no gradient.
     top = s.detach().flatten(-2).cummax(-1).values.unflatten(-1, (n, chunk))  # (B, h, n, C), over all of 0..t
     peak = s.detach().amax(-1)  # (B, h, n), of each chunk
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=s.device).triu(1)
     within = (s[..., None, :] - top[..., None]).masked_fill(later, -math.inf).exp()  # (B, h, n, C, C): [t, i]
     weight = (s - peak[..., None]).exp()  # (B, h, n, C)
-    chunk_sum = weight.sum(-1)  # (B, h, n)
-    chunk_value = (weight[..., None, :] @ v).squeeze(-2)  # (B, h, n, e)
+    chunk_sums = (weight[..., None, :] @ v).squeeze(-2)  # (B, h, n, e + 1)
     not_before = torch.ones(n, n, dtype=torch.bool, device=s.device).triu()[:, None]
     before = (peak[..., None, None, :] - top[..., None]).masked_fill(not_before, -math.inf).exp()  # (B, h, n, C, n)
-    total = within.sum(-1) + (before @ chunk_sum[:, :, None, :, None]).squeeze(-1)  # (B, h, n, C)
-    value = within @ v + before @ chunk_value[:, :, None]  # (B, h, n, C, e)
-    pooled = (value / total[..., None]).flatten(2, 3)[:, :, :T]
-    return pooled, [x.flatten(2, 3)[:, :, T - 1] for x in (top, total, value)]
+    sums = (within @ v + before @ chunk_sums[:, :, None]).flatten(2, 3)[:, :, :T]  # (B, h, T, e + 1)
+    return sums[..., :-1] / sums[..., -1:], [top.flatten(2)[:, :, T - 1 : T], sums[:, :, -1]]
 
 
 def salience_step(score, value, state):
-    """The salience cache: one more token at constant cost. score (B, h), value (B, h, e), state as salience_pool leaves
-    it, updated in place -> pooled (B, h, e). With top_t the maximum so far, keep
+    """The salience cache: one more token at constant cost. score (B, h, 1), value (B, h, e + 1), its last element a 1,
+    state as salience_pool leaves it, updated in place -> pooled (B, h, e). With top_t the maximum so far, keep
 
         total_t    = sum_i exp(score_i - top_t)          = r total_{t-1}    + exp(score_t - top_t)
         weighted_t = sum_i exp(score_i - top_t) value_i  = r weighted_{t-1} + exp(score_t - top_t) value_t
         pooled     = weighted_t / total_t                  with r = exp(top_{t-1} - top_t)
 
     When the maximum rises, what was summed is rescaled: the online softmax, as the kernel of the loss runs it."""
-    top, total, weighted = state
-    new_top = torch.maximum(top, score)
-    old, new = (top - new_top).exp(), (score - new_top).exp()
-    top.copy_(new_top)
-    total.mul_(old).add_(new)
-    weighted.mul_(old[..., None]).addcmul_(new[..., None], value)
-    return weighted / total[..., None]
+    top, sums = state
+    both = torch.cat([top, score], -1)
+    old, new = (both - torch.amax(both, -1, keepdim=True, out=top)).exp().split(1, -1)
+    sums.mul_(old).addcmul_(new, value)
+    return sums[..., :-1] / sums[..., -1:]
 
 
 # ---- Block -----------------------------------------------------------------------------------------------------------

@@ -23,22 +23,32 @@ from prepare import fail, tokenizer_of
 
 
 # ---- Drawing a token -------------------------------------------------------------------------------------------------
-def draw(logits, uniform, temperature, top_k, top_p):
-    """One token per row: logits (B, V), uniform (B,) in [0, 1) -> (B,) int64.
+def draw(logits, uniform, temperature, top_k, top_p, gpu=False):
+    """One token per row: logits (B, V), uniform (B,) in [0, 1) -> (B,) int64. gpu: by the way that is short there.
 
     The distribution is sharpened by the temperature, cut to the top_k likeliest tokens, then to the fewest of them
     that hold top_p of the probability; the uniform number then picks by the inverse of the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
-    likely, token = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), falling
-    p = ((likely - likely[:, :1]) / temperature).softmax(-1)
+    V = logits.size(-1)
+    k = min(top_k or V, V)
+    likely, token = likeliest(logits, k) if gpu and 32 * k < V else logits.topk(k)  # (B, k), falling
+    p = (likely.float() / max(temperature, 1e-30)).softmax(-1)
     if top_p < 1:
         p = p * (p.cumsum(-1) - p < top_p)  # the token that reaches top_p still counts, so one always does
-    upto = p.cumsum(-1)
-    choice = torch.searchsorted(upto, uniform[:, None] * upto[:, -1:], right=True)
+        uniform = uniform * p.sum(-1)
     # A GPU sums in an order of its own: what has no probability may seem to add some, and must not be drawn.
-    choice = torch.minimum(choice, (p > 0).sum(-1, keepdim=True) - 1)
-    return token.gather(-1, choice).squeeze(-1)
+    passed = (p.cumsum(-1)[:, :-1] <= uniform[:, None]).logical_and(p[:, 1:])
+    return token.gather(-1, passed.sum(-1, keepdim=True)).squeeze(-1)
+
+
+def likeliest(logits, k):
+    """logits.topk(k) in two stages, first in each part of the vocabulary: in a row of 50,257 a GPU finds them by 16
+    kernels, in 29 parts of 1,733 by one, and among the parts' by two more."""
+    n = logits.size(-1) // next(parts for parts in range(32, 0, -1) if logits.size(-1) % parts == 0)
+    likely, at = logits.unflatten(-1, (-1, n)).topk(k, sorted=False)  # (B, parts, k)
+    likely, order = likely.flatten(1).topk(k)
+    return likely, at.flatten(1).gather(-1, order).add(order // k, alpha=n)
 
 
 # ---- The decoder -----------------------------------------------------------------------------------------------------
@@ -70,12 +80,16 @@ class Decoder:
         self.model, self.gpu = model, weight.is_cuda if gpu is None else gpu
         self.dtype = weight.dtype if self.gpu else torch.float32  # a CPU is as fast in fp32, and more exact
         self.length = 0  # tokens read, on the host ...
-        self.position = torch.zeros((), dtype=torch.long, device=device)  # ... and on the device
+        self.position = torch.zeros(1, dtype=torch.long, device=device)  # ... and on the device
         self.slots = torch.arange(c.block_size, device=device)
+        self.places = model.position.weight  # what a step looks up of its place: on a GPU the mask, too
+        if self.gpu:
+            mask = weight.new_full((c.block_size, c.block_size), -math.inf).triu(1)
+            self.places = torch.cat([mask, self.places], dim=1)  # (slots, slots + d)
         self.cache = weight.new_zeros(c.n_layer, batch, 2 * c.n_head, c.block_size, d // c.n_head, dtype=self.dtype)
-        self.state = [torch.zeros(batch, *s, device=device) for s in ((h,), (h,), (h, d // h))]  # see salience_pool
+        self.state = [torch.zeros(batch, h, n, device=device) for n in (1, d // h + 1)]  # see salience_pool
         # x / rms(x) * w is x / sqrt(x . x + d eps) * (sqrt(d) w): the first factor is normalize's, the second folded.
-        self.eps, self.ones = torch.tensor((d * 1e-5) ** 0.5), weight.new_full((d,), d**-0.5)
+        self.eps, self.ones = torch.tensor((d * 1e-5) ** 0.5), torch.full((d,), d**-0.5, device=device)
         self.parts = 1 if self.gpu else max(16, torch.get_num_threads())
         half = 1.0 if self.gpu else 0.5**0.5  # gelu(x) = (y + y erf(y)) / sqrt(2) with y = x / sqrt(2)
 
@@ -85,10 +99,12 @@ class Decoder:
         self.blocks = [(self.pack(fold(b.qkv, b.attn_norm)), self.pack(b.attn_out.weight),
                         self.pack(fold(b.ffn_in, b.ffn_norm) * half, b.ffn_in.bias * half),
                         self.pack(b.ffn_out.weight * half, b.ffn_out.bias)) for b in model.blocks]
-        self.norm, self.head = model.norm.weight.to(self.dtype) * d**0.5, self.pack(weight)
-        if controller:
-            self.folded = controller.folded()
-            self.value = self.pack(controller.in_proj.weight.chunk(3)[2], controller.in_proj.bias.chunk(3)[2])
+        self.head = self.pack(fold(model.embed, model.norm))
+        if controller:  # one product makes what the pooling needs, a head's values, a 1 and its score, in float32
+            value, bias = (p.float().chunk(3)[2].unflatten(0, (h, -1)) for p in (controller.in_proj.weight,
+                                                                                 controller.in_proj.bias))
+            value = torch.cat([value, torch.zeros(h, 1, d, device=device), controller.folded()[:, None]], dim=1)
+            self.pool = self.pack(value.flatten(0, 1), F.pad(F.pad(bias, (0, 1), value=1.0), (0, 1)).flatten())
             self.out_proj = self.pack(controller.out_proj.weight, controller.out_proj.bias)
             self.layer1 = fold(controller.layer1, controller.norm), controller.layer1.bias.to(self.dtype)
             self.layer2 = [p.to(self.dtype) for p in controller.layer2.parameters()]
@@ -125,21 +141,19 @@ class Decoder:
     def compute_signals(self, x, salience):
         """Controller.forward: x (B, T, d) -> (B, T, L, 3), float32. T > 1 only where nothing was read before."""
         (B, T, d), k, flat = x.shape, self.model.controller, x.flatten(0, 1)
-        u = torch.zeros_like(flat)
-        if salience != "constant":
-            value = self.linear(flat, self.value)  # (B * T, d)
-            if salience == "causal":
-                scores = F.linear(x.float(), self.folded)  # (B, T, h)
-                value = value.view(B, T, k.ncn_heads, -1).float()  # (B, T, h, e)
-                if self.length == 0:
-                    pooled, state = salience_pool(scores.transpose(1, 2), value.transpose(1, 2))  # (B, h, T, e)
-                    value = pooled.transpose(1, 2)
-                    for old, new in zip(self.state, state, strict=True):
-                        old.copy_(new)
-                else:
-                    value = salience_step(scores[:, 0], value[:, 0], self.state)  # (B, h, e)
-                value = value.reshape(B * T, d).to(x.dtype)
-            u = self.linear(value, self.out_proj) + flat  # Eq. 1, 2
+        if salience == "constant":
+            u = torch.zeros_like(flat)
+        else:
+            pool = self.linear(flat.float(), self.pool).view(B, T, k.ncn_heads, -1)  # (B, T, h, e + 2)
+            value, score = pool[..., :-2], pool[..., -1:]
+            if salience == "causal" and self.length == 0:
+                pooled, state = salience_pool(score.squeeze(-1).transpose(1, 2), value.transpose(1, 2))  # (B, h, T, e)
+                value = pooled.transpose(1, 2)
+                for old, new in zip(self.state, state, strict=True):
+                    old.copy_(new)
+            elif salience == "causal":
+                value = salience_step(score[:, 0], pool[:, 0, :, :-1], self.state)  # (B, h, e)
+            u = self.linear(value.reshape(B * T, d).to(x.dtype), self.out_proj) + flat  # Eq. 1, 2
         z = F.linear(torch.tanh(F.linear(self.normalize(u), *self.layer1)), *self.layer2)  # Eq. 3
         signals = actuate(z.view(B, T, k.n_layer, 3))  # Eq. 4 to 7
         return signals if k.all_active else torch.where(k.active, signals, 1.0)
@@ -148,21 +162,22 @@ class Decoder:
         """Reads ids (B, T), which follow those read before, and returns the last one's logits (B, V). T > 1 only as the
         first step after rewind; ids may then have one row for all of the batch."""
         model, c, (B, T) = self.model, self.model.config, ids.shape
-        x = (model.embed(ids) + model.position(self.position + self.slots[:T])).to(self.dtype)  # (B, T, d)
-        signals = torch.ones(B, T, c.n_layer, 3, device=x.device)
+        place = F.embedding(self.position if self.length else self.slots[:T], self.places)
+        x = (model.embed(ids) + place[:, -c.n_embd :]).to(self.dtype)  # (B, T, d)
         if model.controller:
             signals = self.compute_signals(x, salience)
             signals = edit(signals) if edit else signals
+        else:
+            signals = torch.ones(B, T, c.n_layer, 3, device=x.device)
         x = x.view(B * T, -1)
         # The layers' signals and places in the cache, found at once: a few operations instead of a few per layer.
-        gain, precision, gate = signals.unbind(-1)  # (B, T, L) each
-        gain, gain_gate = (s.reshape(B * T, -1, 1).unbind(1) for s in (gain, gain * gate))  # L x (B * T, 1) each
-        precision = precision.to(x.dtype)[:, None, :, :, None].unbind(3)  # L x (B, 1, T, 1)
+        precision = signals[..., 1].to(x.dtype)[:, None, :, :, None].unbind(3)  # L x (B, 1, T, 1)
+        gain, _, gate = (s.unbind(1) for s in signals.reshape(B * T, -1, 3).split(1, -1))  # L x (B * T, 1) each
         end = self.length + T
         new = self.cache[:, :, :, self.length : end].unbind()  # L x (batch, 2 h, T, e)
         seen = self.cache if self.gpu else self.cache[:, :, :, :end]
         keys, values = (s.unbind() for s in seen.chunk(2, dim=2))  # L x (batch, h, slots, e) each
-        mask = (self.slots <= self.position)[None] if self.gpu else None  # (1, slots)
+        mask = place[:, : c.block_size] if self.gpu else None  # (1, slots)
         for i, (qkv, attn_out, ffn_in, ffn_out) in enumerate(self.blocks):
             # Block.attention
             qkv = self.linear(self.normalize(x), qkv).view(B, T, 3 * c.n_head, -1).transpose(1, 2)  # (B, 3 h, T, e)
@@ -180,9 +195,9 @@ class Decoder:
             # Block.ffn
             y = self.linear(self.normalize(x), ffn_in)
             y = F.gelu(y) if self.gpu else y.addcmul_(y, y.erf())
-            x = modulate(self.linear(y, ffn_out), x, gain_gate[i])  # Eq. 11, 12
+            x = modulate(self.linear(y, ffn_out), x, gain[i], gate[i])  # Eq. 11, 12
         self.advance(T)
-        return self.linear(self.normalize(x.view(B, T, -1)[:, -1]) * self.norm, self.head)
+        return self.linear(self.normalize(x.view(B, T, -1)[:, -1]), self.head)
 
     def advance(self, n):
         self.length += n
@@ -236,50 +251,53 @@ def stream(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, see
 
 @torch.inference_mode()
 def _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salience, edit, end_token):
-    B, prompt = ids.shape
+    (B, prompt), size = ids.shape, model.config.block_size
     uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed + row))
                            for row in range(B)], dim=1).to(ids.device)  # (max_new_tokens, B)
     text = torch.cat([ids, ids.new_empty(B, max_new_tokens)], dim=1)
-    last_token, step_index = ids[:, -1:].clone(), ids.new_zeros(1)  # on the device, where a captured step finds them
-    ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
+    # On the device, where a captured step finds them: the last token, none yet, and the window's uniform numbers.
+    last_token, chance = torch.full_like(ids[:, :1], -1), uniform.new_zeros(size + 1, B)
     shared_prompt = bool((ids == ids[0]).all())
     decoder, start, graph, warm_ups = Decoder(model, B), -1, None, 2
 
     def step(new):
         """Reads the tokens new (B, T), draws the next one: everything that happens per token."""
         logits = decoder.step(new, salience, edit).expand(B, -1)
-        token = draw(logits, uniform.index_select(0, step_index)[0], temperature, top_k, top_p)
-        if end_token is not None:
-            token = torch.where(ended, end_token, token)
-            ended.logical_or_(token == end_token)
-        last_token.copy_(token[:, None])
-        step_index.add_(1)
+        number = chance.index_select(0, decoder.position)[0]
+        token = draw(logits, number, temperature, top_k, top_p, decoder.gpu)[:, None]
+        if end_token is None:
+            last_token.copy_(token)
+        else:
+            torch.where(last_token == end_token, last_token, token, out=last_token)
 
     def captured_step():
         """The same on a GPU: recorded once, then replayed, since all that it reads and writes stays where it is."""
         nonlocal graph
         if graph is None:
             graph, length = torch.cuda.CUDAGraph(), decoder.length
-            with torch.cuda.device(ids.device), torch.cuda.graph(graph):
+            # With a stream of its own: torch's for capturing belongs to the first GPU that captured anything.
+            with torch.cuda.device(ids.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(ids.device)):
                 step(last_token)
             decoder.length = length  # recording moves the host's count, not the device's
         graph.replay()
         decoder.length += 1
 
     for n in range(prompt, prompt + max_new_tokens):  # n tokens are known
-        if window_start(n, model.config.block_size) != start:  # the prompt, or the kept half of a full window, at once
-            start = window_start(n, model.config.block_size)
+        if window_start(n, size) != start:  # the prompt, or the kept half of a full window, at once
+            start = window_start(n, size)
             decoder.rewind()
+            numbers = uniform[n - prompt : start + size + 1 - prompt]
+            chance[n - start : n - start + len(numbers)] = numbers
             step(text[: 1 if shared_prompt and n == prompt else B, start:n])  # samples of one prompt share its pass
-        elif not ids.is_cuda or warm_ups:  # on a GPU two steps as they are: kernels and libraries load
+        elif not decoder.gpu or warm_ups:  # on a GPU two steps as they are: kernels and libraries load
             step(last_token)
-            warm_ups -= ids.is_cuda
+            warm_ups -= decoder.gpu
         else:
             captured_step()
         text[:, n] = last_token[:, 0]
         yield text[:, n]
         # Looking at a GPU's result makes the host wait, so there only now and then.
-        if end_token is not None and (not ids.is_cuda or n % 16 == 0) and ended.all():
+        if end_token is not None and (not decoder.gpu or n % 16 == 0) and (last_token == end_token).all():
             return
 
 

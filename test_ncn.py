@@ -1055,8 +1055,9 @@ def test_salience_cache_continues_the_pool(kind):
         pooled, state = salience_pool(scores[:, :, :prefix], values[:, :, :prefix])
         state = [x.clone() for x in state]
         shapes = [tuple(x.shape) for x in state]
-        steps = [salience_step(scores[:, :, t], values[:, :, t], state) for t in range(prefix, 90)]
-        assert [tuple(x.shape) for x in state] == shapes == [(2, 2), (2, 2), (2, 2, 8)]
+        steps = [salience_step(scores[:, :, t : t + 1], F.pad(values[:, :, t], (0, 1), value=1.0), state)
+                 for t in range(prefix, 90)]
+        assert [tuple(x.shape) for x in state] == shapes == [(2, 2, 1), (2, 2, 9)]
         both = torch.cat([pooled, torch.stack(steps, 2)], 2).double()
         torch.testing.assert_close(both, pool_by_softmax(scores, values), atol=2e-6, rtol=1e-5)
 
