@@ -99,7 +99,7 @@ class Decoder:
         self.blocks = [(self.pack(fold(b.qkv, b.attn_norm)), self.pack(b.attn_out.weight),
                         self.pack(fold(b.ffn_in, b.ffn_norm) * half, b.ffn_in.bias * half),
                         self.pack(b.ffn_out.weight * half, b.ffn_out.bias)) for b in model.blocks]
-        self.head = self.pack(fold(model.embed, model.norm))
+        self.norm, self.head = model.norm.weight.to(self.dtype) * d**0.5, self.pack(weight)
         if controller:  # one product makes what the pooling needs, a head's values, a 1 and its score, in float32
             value, bias = (p.float().chunk(3)[2].unflatten(0, (h, -1)) for p in (controller.in_proj.weight,
                                                                                  controller.in_proj.bias))
@@ -197,7 +197,8 @@ class Decoder:
             y = F.gelu(y) if self.gpu else y.addcmul_(y, y.erf())
             x = modulate(self.linear(y, ffn_out), x, gain[i], gate[i])  # Eq. 11, 12
         self.advance(T)
-        return self.linear(self.normalize(x.view(B, T, -1)[:, -1]), self.head)
+        x = x.view(B, T, -1)[:, -1]
+        return self.linear(model.norm(x) if self.gpu else self.normalize(x) * self.norm, self.head)
 
     def advance(self, n):
         self.length += n
