@@ -48,6 +48,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import prepare
+from kernels import DEVICE_HELP, DEVICES, pick_device
 from ncn import SIGNALS, ModulatedLM, load_file, write_file
 from prepare import SLOTS, fail, rows_of
 from sample import generate
@@ -447,14 +448,14 @@ def plot_comparison(groups, pairs, folder):
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
-def load(path):
-    """-> the model (eval mode, on the GPU if any), its tokenizer, and a dict of name, settings, data and rows."""
+def load(path, device):
+    """-> the model (eval mode, on the device), its tokenizer, and a dict of name, settings, data and rows."""
     ckpt = load_file(path)
     model, data = ModulatedLM.from_checkpoint(ckpt, path), ckpt.get("data", {"tokenizer": "gpt2"})  # as the authors'
     c, name = model.config, os.path.join(*os.path.normpath(path).split(os.sep)[-2:])
     shown = vars(c) | {"signals": ",".join(c.signals) or "none"}
     settings = " ".join(f"{key}={shown[key]}" for key in SHOWN if key in shown)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), prepare.tokenizer_of(data), dict(
+    return model.to(device), prepare.tokenizer_of(data), dict(
         name=name, settings=f"step {ckpt.get('step', '?')} | {settings} | {data['tokenizer']} tokens", data=data,
         rows=ckpt.get("settings", {}).get("rows"))
 
@@ -725,6 +726,7 @@ def main():
     add("--memory", action="store_true", help="what 200 sampled demo stories keep: table, and memory.png from its log")
     add("--scan", metavar="TEXT", help="what the controller does to TEXT: brain_scan.png, attention_entropy.png")
     add("--audit", action="store_true", help="what each signal is worth, on validation data: tables and audit.png")
+    add("--device", choices=DEVICES, default="auto", help=DEVICE_HELP)
     args = parser.parse_args()
     looks = [look for look, on in ((memory, args.memory), (scan, args.scan is not None), (audit, args.audit)) if on]
     try:
@@ -733,7 +735,7 @@ def main():
         if args.log or not (args.compare or looks):
             analyse_logs(args.log or [os.path.join("out", "training.log")], args.out)
         if looks:
-            model, tokenizer, run = load(args.ckpt)
+            model, tokenizer, run = load(args.ckpt, pick_device(args.device))
             if not model.controller and looks != [memory]:
                 raise ValueError(f"{args.ckpt} was trained with --signals none: it has no controller to look into")
             print(title(run))

@@ -345,11 +345,32 @@ def _launcher(*tensors):
     return _launchers.get(device) if usable else None
 
 
-def backend():
-    """One line for a program's start-up message: what runs, and if it is the eager definitions, why."""
-    if not torch.cuda.is_available():
+DEVICES = "auto", "cpu", "cuda", "mps"
+DEVICE_HELP = "auto: cuda (an NVIDIA GPU) where there is one, else cpu; mps (an Apple one) is untried (default: auto)"
+
+
+def pick_device(name="auto"):
+    """The device that --device names; auto is cuda where torch finds one, else cpu. Under torchrun each process takes
+    the GPU of its number. Raises ValueError where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: torch finds no Apple GPU; choose auto or cpu")
+    if name != "cuda":
+        return torch.device(name)
+    rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if rank >= count:
+        raise ValueError(f"process {rank + 1} on this machine needs a GPU of its own, torch finds {count}: start fewer "
+                         "processes, or choose --device cpu")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def backend(device=None):
+    """One line for a program's start-up message: what runs on the device, and if it is the eager definitions, why."""
+    device = device or pick_device()
+    if device.type != "cuda":
         return "kernels: eager (no GPU)"
-    device = torch.device("cuda", torch.cuda.current_device())
     _launcher(torch.empty(1, device=device))  # compiles, if nothing has yet
     return "kernels: fused CUDA" if device in _launchers else f"kernels: eager ({_reasons[device]})"
 
@@ -564,9 +585,9 @@ def _row(function, reference, inputs, moved, bandwidth):
 def main(tokens=2048, vocabulary=50257, width=256):
     """Prints the table; the sizes are those of its last part, head and loss."""
     print(f"{backend()}\nof a launch, {_launch_seconds() * 1e6:.1f} us are Python's")
-    device, sizes, bandwidth = torch.device("cpu"), ((40, 256),), float("inf")
-    if torch.cuda.is_available():
-        device, sizes = torch.device("cuda", torch.cuda.current_device()), ((8192, 256), (65536, 512))
+    device, sizes, bandwidth = pick_device(), ((40, 256),), float("inf")
+    if device.type == "cuda":
+        sizes = (8192, 256), (65536, 512)
         copy = torch.empty(2, 1 << 28, dtype=torch.uint8, device=device)
         bandwidth = 2 * copy[0].numel() / _seconds(lambda: copy[1].copy_(copy[0]))
         print(f"{torch.cuda.get_device_name(device)}: copies {bandwidth / 1e9:.0f} GB/s")

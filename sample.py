@@ -8,6 +8,7 @@ Write text with a trained model, and dose its modulators.
 
 import argparse
 import codecs
+import itertools
 import math
 import os
 import re
@@ -17,7 +18,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from kernels import actuate, modulate, rms_norm, write_cache
+from kernels import DEVICE_HELP, DEVICES, actuate, modulate, pick_device, rms_norm, write_cache
 from ncn import SIGNALS, ModulatedLM, load_file, salience_pool, salience_step
 from prepare import fail, tokenizer_of
 
@@ -308,6 +309,9 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, s
     return torch.cat([ids, *(token[:, None] for token in new)], dim=1)
 
 
+WARM_UP = 4  # tokens: the prompt's pass, and on a GPU two steps as they are and the captured one
+
+
 # ---- The command line ------------------------------------------------------------------------------------------------
 class Row:
     """One sample: its tokens become text as they come, whole characters only, up to the end of the story."""
@@ -403,6 +407,7 @@ def arguments():
     add("--trace", choices=SIGNALS, help="colour each token by this signal, once the text is complete; in a terminal "
                                          "with colours only")
     add("--layer", type=int, help="the layer that --trace shows, from 0 (default: the mean of all)")
+    add("--device", choices=DEVICES, default="auto", help=DEVICE_HELP)
     return parser.parse_args()
 
 
@@ -424,29 +429,35 @@ def main():
             raise ValueError(f"--layer is {args.layer}, the model has layers 0 to {model.config.n_layer - 1}")
         if not args.prompt:
             raise ValueError("the prompt has no tokens: give the text some beginning")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = pick_device(args.device)
         model.to(device)
         salience, dose = salience_of(model.config, args.salience), torch.tensor(doses, device=device)
         # In training every story follows the end of another one: the same mark says here that a story begins.
         prompt = tokenizer.encode_ordinary(args.prompt)
         ids = torch.tensor([[tokenizer.eot_token, *prompt]] * args.num_samples, device=device)
-        start = time.perf_counter()
+        start, edit = time.perf_counter(), None if doses == [1, 1, 1] else lambda signals: signals * dose
         tokens = stream(model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, salience,
-                        lambda signals: signals * dose, tokenizer.eot_token)
+                        edit, tokenizer.eot_token)
+        begun = list(itertools.islice(tokens, WARM_UP))
+        if begun:
+            begun[-1].tolist()  # waits for a GPU
+        warm, tokens = time.perf_counter(), itertools.chain(begun, tokens)
         if args.trace and sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ:
             os.system("")  # lets an older Windows console understand colours
             rows, tokens = [Row(tokenizer, "") for _ in ids], list(tokens)
             for step in [*ids.t()[1:], *tokens]:
                 for row, token in zip(rows, step.tolist(), strict=True):
                     row.add(token)
+            end = time.perf_counter()
             write_trace(model, rows, salience, dose, args.trace, args.layer)
-            count = sum(len(row.tokens) - len(prompt) for row in rows)
+            counts = [len(row.tokens) - len(prompt) for row in rows]
         else:
             rows = [Row(tokenizer, args.prompt) for _ in ids]
             write(tokens, rows)
-            count = sum(len(row.tokens) for row in rows)
-        spent = time.perf_counter() - start
-        print(f"{count} tokens in {spent:.2f} s: {count / spent:.0f} tokens/s", file=sys.stderr)
+            end, counts = time.perf_counter(), [len(row.tokens) for row in rows]
+        count, later = sum(counts), sum(max(0, n - WARM_UP) for n in counts)
+        print(f"{count} tokens in {end - start:.2f} s: {count / (end - start):.0f} tokens/s"
+              + f", after the first {WARM_UP} {later / (end - warm):.0f} tokens/s" * (later > 0), file=sys.stderr)
     except (ValueError, OSError, NotImplementedError) as error:
         return fail(error)
     except KeyboardInterrupt:

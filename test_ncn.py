@@ -25,12 +25,15 @@ import time
 import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import analyze
 import kernels
@@ -586,6 +589,28 @@ def test_kernel_eager_where_it_must(monkeypatch):
     kernels.actuate(z)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernels.backend() == "kernels: eager (no GPU)"
+
+
+def fake_gpus(monkeypatch, count):
+    """As many GPUs, as far as choosing one goes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+def test_pick_device(monkeypatch):
+    for count, rank, name, want in ((0, 0, "auto", "cpu"), (0, 1, "cpu", "cpu"), (1, 0, "auto", "cuda:0"),
+                                    (2, 1, "cuda", "cuda:1"), (2, 1, "cpu", "cpu")):
+        fake_gpus(monkeypatch, count)
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert kernels.pick_device(name) == torch.device(want)
+    assert torch.get_float32_matmul_precision() == "highest"  # or TF32 would round what is kept in fp32 on purpose
+    fake_gpus(monkeypatch, 1)
+    for name, words in (("auto", "process 2 .* torch finds 1"), ("mps", "no Apple GPU")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        with pytest.raises(ValueError, match=words):
+            kernels.pick_device(name)
+    assert kernels.backend(CPU) == "kernels: eager (no GPU)"
 
 
 # ---- linear_cross_entropy --------------------------------------------------------------------------------------------
@@ -2028,6 +2053,109 @@ def test_training_refuses(data, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()  # nothing was begun
 
 
+def test_training_says_what_the_machine_lacks(data, tmp_path, capsys, monkeypatch):
+    """One line each: a GPU for this process, NCCL (then it is gloo), a compiler."""
+    def refuse(*args):
+        return refusal(training, capsys, monkeypatch, "--data", data, "--out", tmp_path / "out", *SMALL, *args)
+
+    assert "torch finds 0" in refuse("--device", "cuda") and "invalid choice: 'tpu'" in refuse("--device", "tpu")
+    with monkeypatch.context() as m:
+        m.setattr(ModulatedLM, "to", lambda self, device: self)
+        m.setattr(training, "pick_device", lambda name: torch.device("cuda"))
+        m.setenv("WORLD_SIZE", "2")
+        for nccl, backend in ((True, "cpu:gloo,cuda:nccl"), (False, "gloo")):
+            m.setattr(training.dist, "is_nccl_available", lambda nccl=nccl: nccl)
+            m.setattr(training.dist, "init_process_group", lambda name: training.fail(name) and 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                refuse()
+            assert capsys.readouterr().err == f"train.py: {backend}\n"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    for bench in (), ("--bench",):
+        torch.compiler.reset()
+        assert "--compile needs a C compiler" in refuse("--compile", *bench)
+    assert not (tmp_path / "out").exists()
+
+
+def run_here(monkeypatch, module, *args):
+    """A script's main in this process, which is quicker than one of its own."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    assert module.main() == 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_resume_in_another_precision(data, tmp_path, monkeypatch):
+    """The scale of fp16's losses begins where there was none, goes on, and is left behind."""
+    for steps, dtype, growth in ((2, "fp32", None), (4, "fp16", 2), (6, "fp16", 4), (8, "bf16", None)):
+        run_here(monkeypatch, training, "--data", data, "--out", tmp_path, *SMALL, "--max_steps", steps,
+                 "--dtype", dtype, *["--resume"] * (steps > 2))
+        ckpt = torch.load(tmp_path / "ckpt_latest.pt", weights_only=True)
+        assert ckpt["step"] == steps and ckpt["scaler"].get("_growth_tracker") == growth
+
+
+MPS = torch.device("mps")
+
+
+class FakeMps(TorchFunctionMode):
+    """An Apple GPU on the CPU: follows which tensors would be on it, where none may have floats wider than 32 bits
+    (its integers may: indices are int64)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = torch.utils._pytree.tree_leaves((args, kwargs))
+        on_mps = any(getattr(t, "on_mps", isinstance(t, torch.nn.Parameter)) for t in given)
+        if func == torch.Tensor.device.__get__:
+            return MPS if on_mps else CPU
+        on_mps = func is not torch.Tensor.cpu and (on_mps or any(t is MPS for t in given))
+        args, kwargs = torch.utils._pytree.tree_map(lambda a: CPU if a is MPS else a, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        out = out.clone() if func is torch.Tensor.cpu else out
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and not isinstance(t, torch.nn.Parameter):
+                assert not (on_mps and t.dtype in (torch.float64, torch.complex128)), func
+                t.on_mps = on_mps
+        return out
+
+
+def test_no_64_bit_floats_on_mps(data, tmp_path, monkeypatch):
+    """Training, validation, resuming, sampling: in float32, and with the optimizer that torch has for every device."""
+    fused, AdamW = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **how: fused.append(how["fused"]) or AdamW(*args, **how))
+    for module in training, sampling:
+        monkeypatch.setattr(module, "pick_device", lambda name: MPS)
+    monkeypatch.setattr(training, "ThreadPoolExecutor", lambda *_, **__: SimpleNamespace(  # the mode is of one thread
+        submit=lambda *call: SimpleNamespace(result=functools.partial(*call))))
+    dtype = "--dtype", "auto"
+    for module, args in ((training, [*SMALL, *dtype, "--data", data, "--out", tmp_path, "--max_steps", 4]),
+                         (training, [*SMALL, *dtype, "--data", data, "--out", tmp_path, "--max_steps", 5, "--resume"]),
+                         (sampling, ["--ckpt", tmp_path / "ckpt_best.pt", "--prompt", "Once", "--max_new_tokens", 8])):
+        with FakeMps():
+            run_here(monkeypatch, module, *args)
+    assert fused == [False, False] and "mps x 1" in (tmp_path / "training.log").read_text()
+    with pytest.raises(AssertionError), FakeMps():
+        torch.ones(3, device=MPS).double()
+
+
+def test_a_micro_batch_launches_its_kernels(monkeypatch):
+    """At 6 layers, forward: 14 norms (two per block, the controller's, the last), 12 branches joined, the signals, and
+    the softmax of each chunk of the head: 13 for the paper's 8,192 tokens in half precision. Backward: all but that."""
+    launched = collections.Counter()
+    monkeypatch.setitem(kernels._launchers, CPU, lambda name, *_: launched.update([name.split("<")[0]]))
+    model, ids = lively(n_layer=6), tokens(3, 16)
+    monkeypatch.setattr(kernels, "LOGIT_BYTES", 61 * 4 * 20)  # 20 rows, or fewer: three chunks at least
+    loss = model(ids, ids)
+    chunks = -(-48 // kernels.rows_per_chunk(torch.empty(48, 32), model.embed.weight))
+    want = {"rms_norm_forward": 14, "modulate_forward": 12, "actuate_forward": 1, "softmax_loss": chunks}
+    assert launched == want and chunks >= 3
+    loss.total.backward()
+    assert launched == want | {"rms_norm_backward": 14, "modulate_backward": 12, "actuate_backward": 1}
+    monkeypatch.undo()
+    half = torch.empty(8192, 1, dtype=torch.float16), torch.empty(50257, 1, dtype=torch.float16)
+    assert -(-8192 // kernels.rows_per_chunk(*half)) == 13
+
+
 def test_non_finite_loss_stops_the_run(data, tmp_path):
     """The run is broken in its sixth step; the checkpoint of the fourth stays as it was."""
     code = f"""import sys, torch, train
@@ -2112,6 +2240,145 @@ def test_models_in_half_precision_generate(dtype, gpu):
             got = torch.stack(steps(sampling.Decoder(model, 2, gpu), ids, model.config.salience), 1)
         assert (got - want[:, 4:]).abs().max() < 3 * (near - want).abs().max()
         assert generate(model, ids[:, :3], 20, seed=1).shape == (2, 23)
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph on the CPU. What is called in capture leaves a list behind and no other trace; replay calls it again
+    on the same tensors, having poisoned all that is made on the way: nothing may be left over from another time."""
+    running = None
+
+    @contextlib.contextmanager
+    def capture(self, stream):
+        assert stream == "a stream of cpu"  # by default torch takes that of the first GPU that captured anything
+        self.calls, self.made, self.before, Tape.running = [], {}, {}, self
+        with self:
+            yield
+        Tape.running = None
+        for storage, content in self.before.values():
+            storage.copy_(content)
+
+    def write(self, tensor):
+        """Notes what a tensor that was there before looked like, before it is written."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.made:
+            self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, schema = kwargs or {}, func._schema
+        with self:
+            if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return out
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits for a number"
+        for argument, value in (*zip(schema.arguments, args, strict=False), *((a, kwargs[a.name])
+                                for a in schema.arguments if a.name in kwargs)):
+            if argument.alias_info and argument.alias_info.is_write:
+                self.write(value)
+        out = func(*args, **kwargs)
+        if all(r.alias_info is None for r in schema.returns) and schema.name != "aten::_unsafe_view":
+            outs = [out] if isinstance(out, torch.Tensor) else out
+            self.made |= {o.untyped_storage().data_ptr(): o for o in outs}
+            if "empty" not in schema.name:
+                self.calls.append((func, args, kwargs, outs))
+        elif schema.is_mutable:
+            self.calls.append((func, args, kwargs, ()))
+        return out
+
+    def replay(self):
+        for made in self.made.values():
+            made.fill_(math.nan if made.is_floating_point() else 1 << 40)
+        for function, args, kwargs, outs in self.calls:
+            new = function(*args, **kwargs)
+            for i, old in enumerate(outs):
+                old.copy_(new if isinstance(new, torch.Tensor) else new[i])
+
+    def kernels(self):
+        """How many a GPU would run. Those of torch's topk and cumsum that take several are in its CUDA sources."""
+        count = len(self.calls)
+        for function, args, kwargs, _ in self.calls:
+            if function is torch.ops.aten.topk.default:
+                *rows, width = args[0].shape
+                wide = width >= 20000 and math.prod(rows) <= 20  # then radix passes by many blocks, scans and a sort
+                count += 15 if wide else kwargs.get("sorted", args[4] if len(args) > 4 else True)
+            count += function is torch.ops.aten.cumsum.default and args[0].numel() == args[0].size(-1)
+        return count
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Generation as on a GPU: two steps as they are, one captured, the others replayed."""
+    monkeypatch.setattr(sampling, "Decoder", functools.partial(sampling.Decoder, gpu=True))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(torch.cuda, "graph", Tape.capture)
+
+
+def launcher(run):
+    """As kernels._cuda's, noted by a running tape."""
+    def launch(*args):
+        with _disable_current_modes():
+            if Tape.running:
+                Tape.running.calls.append((launch, args, {}, ()))
+                for tensor in filter(torch.is_tensor, args[3]):
+                    Tape.running.write(tensor)
+            run(*args)
+    return launch
+
+
+@pytest.mark.parametrize("config, how", [
+    ({}, {}), ({}, dict(temperature=0)), ({}, dict(top_k=0, top_p=0.7)), ({}, dict(top_p=0.5)), ({}, dict(ends=20)),
+    ({}, dict(edit=lambda signals: 2 * signals)), (dict(block_size=3), dict(ends=45)), (dict(salience="reactive"), {}),
+    (dict(salience="constant"), {}), (dict(signals=("precision",)), {}), (dict(signals=()), dict(ends=30))])
+def test_a_captured_step_replays(config, how, as_on_a_gpu, monkeypatch):
+    """A GPU's branch, over refills of the window, makes the CPU's tokens: from a tape, on poisoned memory."""
+    model, replays, replay = lively(**{"vocab_size": 660, **config}), [], Tape.replay
+    how = dict(temperature=2.0, top_k=20, seed=3) | how
+    ends = how.pop("ends", None)  # the first row, there
+    monkeypatch.setattr(Tape, "replay", lambda self: replays.append(self) or replay(self))
+    on_a_gpu, on_a_cpu = sampling.Decoder, sampling.Decoder.func
+    for ids in (tokens(3, 5), tokens(1, 5).expand(2, -1)):
+        monkeypatch.setattr(sampling, "Decoder", on_a_cpu)
+        end = {"end_token": int(generate(model, ids, 50, **how)[0, ends])} if ends else {}
+        want = generate(model, ids, 50, **how, **end)
+        monkeypatch.setattr(sampling, "Decoder", on_a_gpu)
+        got = generate(model, ids, 50, **how, **end)
+        assert torch.equal(got[:, : want.size(1)], want)
+    assert len(replays) > 30 and len(set(replays)) == 2
+
+
+def test_a_captured_step_replays_with_the_kernels(as_on_a_gpu, monkeypatch):
+    model, ids = lively(n_layer=1, block_size=8), tokens(1, 5)
+    monkeypatch.setattr(kernels, "_force_eager", True)
+    want = generate(model, ids, 12, temperature=0)
+    monkeypatch.setattr(kernels, "_force_eager", False)
+    monkeypatch.setitem(kernels._launchers, CPU, launcher(cpu_threads()))
+    assert torch.equal(generate(model, ids, 12, temperature=0), want)
+
+
+def test_a_step_takes_110_kernels(as_on_a_gpu, monkeypatch):
+    """The paper's six layers and vocabulary, top_k 50, an end token: 33 launches of ours and 77 of torch's."""
+    tapes, noted = [], launcher(lambda *_: None)
+    monkeypatch.setitem(kernels._launchers, CPU, noted)
+    monkeypatch.setattr(Tape, "replay", lambda self: tapes.append(self))
+    generate(lively(n_layer=6, vocab_size=50257), tokens(1, 3), 4, end_token=50256)
+    ours = collections.Counter(args[0].split("<")[0] for call, args, *_ in tapes[0].calls if call is noted)
+    assert ours == {"rms_norm_forward": 14, "actuate_forward": 1, "write_cache": 6, "modulate_forward": 12}
+    assert tapes[0].kernels() <= 110
+
+
+@pytest.mark.parametrize("V, k", [(660, 20), (50257, 50), (997, 7), (4096, 128)])
+def test_top_k_in_two_stages(V, k):
+    """The same tokens; among equal logits, of which topk may take any, one as likely."""
+    chance = torch.rand(300, generator=torch.Generator().manual_seed(V))
+    for logits in (torch.randn(300, V, generator=torch.Generator().manual_seed(k)).mul(2), tokens(300, V) / 8.0):
+        for top_p in (0.6, 1.0):
+            one, two = (sampling.draw(logits, chance, 0.9, k, top_p, gpu)[:, None] for gpu in (False, True))
+            value = logits.gather(1, one)
+            assert torch.equal(logits.gather(1, two), value)
+            assert torch.equal(one, two) or ((one == two) | ((logits == value).sum(1, keepdim=True) > 1)).all()
+    likely, token = sampling.likeliest(logits, k)
+    assert torch.equal(likely, logits.topk(k).values) and torch.equal(likely, logits.gather(1, token))
+    assert all(len(set(row)) == k for row in token.tolist())
 
 
 def test_decoder_refuses_what_it_does_not_know():
@@ -2271,7 +2538,10 @@ def test_sampling_writes_text(trained):
 
     one, again, three = say(), say(), say("--num_samples", 3)
     assert one.returncode == three.returncode == 0 and one.stdout == again.stdout
-    assert one.stdout.startswith("Once upon") and len(one.stdout) > 60 and re.search(r"\d+ tokens/s", one.stderr)
+    assert one.stdout.startswith("Once upon") and len(one.stdout) > 60
+    assert re.fullmatch(r"\d+ tokens in [\d.]+ s: \d+ tokens/s, after the first 4 \d+ tokens/s\n", one.stderr)
+    assert re.fullmatch(r"4 tokens in [\d.]+ s: \d+ tokens/s\n", say("--max_new_tokens", 4).stderr)
+    assert say("--max_new_tokens", 0).returncode == 0
     model, ids = ModulatedLM.load(ckpt), torch.tensor([[256, *b"Once upon"]])  # after the end of another story
     expected = generate(model, ids, 256, seed=3, end_token=256)[0, 1:].tolist()
     assert one.stdout.startswith(tokenizer_of({"tokenizer": "bytes"}).decode(expected)[:20])

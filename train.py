@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import kernels
+from kernels import DEVICE_HELP, DEVICES, pick_device
 from ncn import ModulatedLM, NCNConfig, load_file
 from prepare import SLOTS, fail, label_slots, read_meta, read_tokens, rows_of, tokenizer_of, windows
 from sample import generate
@@ -88,6 +89,7 @@ def arguments():
     add("--data", default="data", help="folder that prepare.py wrote (default: data)")
     add("--out", default="out", help="folder for training.log and checkpoints (default: out)")
     add("--resume", action="store_true", help="go on from OUT/ckpt_latest.pt with its settings")
+    add("--device", choices=DEVICES, default="auto", help=DEVICE_HELP)
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="of the matrix products; auto: bf16 where it is fast, else fp16 on a GPU, fp32 on a CPU")
     add("--checkpoint_blocks", action="store_true", help="keep each block's input alone: less memory, more work")
@@ -133,21 +135,12 @@ def model_config(s, vocab_size):
 
 
 # ---- Device and precision --------------------------------------------------------------------------------------------
-def pick_device():
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")
-    return device
-
-
 def timed(work):
     """Runs work; seconds until it is done, on a GPU too."""
     start = time.perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter() - start
 
 
@@ -157,6 +150,8 @@ def choose_dtype(device):
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU has bf16 units"
         return "fp16", "this GPU has no bf16 units; losses are scaled"
+    if device.type == "mps":
+        return "fp32", "the safe choice, untried like all of mps"
     # Without bf16 units a CPU's bf16 product can be a hundred times slower, and with them several times faster.
     a = torch.randn(256, 256)
     b = a.bfloat16()
@@ -179,7 +174,7 @@ def make_optimizer(model, s):
     others = [p for p in model.parameters() if p.dim() < 2]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": s["weight_decay"]},
                               {"params": others, "weight_decay": 0.0}],
-                             lr=s["lr"], betas=(s["beta1"], s["beta2"]), fused=True)
+                             lr=s["lr"], betas=(s["beta1"], s["beta2"]), fused=matrices[0].device.type != "mps")
 
 
 def update(model, optimizer, scaler, s):
@@ -192,6 +187,16 @@ def update(model, optimizer, scaler, s):
     return norm
 
 
+def compiled(model):
+    """torch.compile's model, after a trial, since it begins to work at the first call alone. Raises ValueError."""
+    try:
+        torch.compile(torch.neg)(next(model.parameters()).detach()[:1])
+    except RuntimeError as error:
+        raise ValueError("--compile needs a C compiler and, on a GPU, Triton; without it: leave the flag out "
+                         f"({str(error).strip().splitlines()[0]})") from None
+    return torch.compile(model)
+
+
 @functools.lru_cache(maxsize=2)
 def shuffled(seed, epoch, count):
     return np.random.default_rng((seed, epoch)).permutation(count)
@@ -200,7 +205,7 @@ def shuffled(seed, epoch, count):
 def train(args):
     # torchrun sets these; alone we are rank 0 of 1.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device()
+    device = pick_device(args.device)
     latest, best_path = (os.path.join(args.out, f"ckpt_{name}.pt") for name in ("latest", "best"))
     ckpt = load_file(latest) if args.resume else None
     if ckpt is not None and not {"settings", "optimizer", "step", "data"} <= ckpt.keys():
@@ -235,8 +240,8 @@ def train(args):
         """-> inputs and targets (B, T) int64 on the device; -1 where a row is padded."""
         x, y = (torch.from_numpy(a) for a in windows(tokens, rows, end))
         if device.type == "cuda":
-            x, y = (a.pin_memory().to(device, non_blocking=True) for a in (x, y))
-        return x, y
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
     def batch(micro):
         epoch, place = divmod(micro, per_epoch)
@@ -260,18 +265,19 @@ def train(args):
     step, best = 0, math.inf
     if ckpt:
         optimizer.load_state_dict(ckpt["optimizer"])
-        scaler.load_state_dict(ckpt["scaler"])
+        if ckpt["scaler"]:  # empty if the run began without fp16
+            scaler.load_state_dict(ckpt["scaler"])
         step, best = ckpt["step"], ckpt["best"]
         del ckpt
 
     if world > 1:  # CPU tensors go through gloo also beside GPUs: agreeing to stop then needs no GPU synchronisation
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo")
         shared = [why, dtype]
         dist.broadcast_object_list(shared)  # timings differ between processes
         why, dtype = shared
     autocast = functools.partial(torch.autocast, device.type, DTYPES[dtype], enabled=dtype != "fp32")
     model.checkpoint_blocks = args.checkpoint_blocks
-    wrapped_model = torch.compile(model) if args.compile else model
+    wrapped_model = compiled(model) if args.compile else model
     if world > 1:  # without a softmax over several tokens the salience query has no gradient
         unused = bool(config.signals) and config.salience in ("reactive", "constant")
         wrapped_model = DistributedDataParallel(wrapped_model, find_unused_parameters=unused)
@@ -322,7 +328,7 @@ def train(args):
                     nats = F.cross_entropy(model(x).float().transpose(1, 2), y, ignore_index=-1, reduction="none").cpu()
                     which, least = (torch.from_numpy(windows(a, mine[i : i + B], end)[1]) for a in (slots, floor))
                     sums[3:].index_add_(0, which[which >= 0].long(), (nats - least)[which >= 0].double())
-            sums[:3] += torch.stack([total, n, (y == end).sum()]).double().cpu()
+            sums[:3] += torch.stack([total, n, (y == end).sum()]).cpu()  # float64 is the CPU's, mps has none
         model.train()
         nats, targets, stories, *above = all_reduce_sum(sums).tolist()
         return nats / targets, [a / max(stories, 1) for a in above] if is_demo else None
@@ -345,7 +351,7 @@ def train(args):
         log(note)
     n_params, n_controller = (sum(p.numel() for p in m.parameters()) if m else 0 for m in (model, model.controller))
     log(f"{n_params:,} parameters, {n_controller:,} of them the controller's | {device.type} x {world} | "
-        f"{kernels.backend()}")
+        f"{kernels.backend(device)}")
     if model.controller:
         n_ffn = (config.n_ffn or 4 * config.n_embd) + round(n_controller / config.n_layer / (2 * config.n_embd + 1))
         log(f"A static model of this size: --signals none --n_ffn {n_ffn}")
@@ -446,7 +452,7 @@ def flops_per_token(c):
 def bench(args):
     """Times training steps on random tokens, with the controller and without, alternately. The vocabulary is that of
     the data, or GPT-2's where there is none."""
-    device = pick_device()
+    device = pick_device(args.device)
     s, _ = resolve_settings(args, device.type == "cuda")
     V = read_meta(args.data)["vocab_size"] if os.path.exists(os.path.join(args.data, "meta.json")) else 50257
     config, static = model_config(s, V), model_config(s | {"signals": "none"}, V)
@@ -458,7 +464,7 @@ def bench(args):
     def stepper(config):
         model = ModulatedLM(config).to(device).train()
         model.checkpoint_blocks = args.checkpoint_blocks
-        optimizer, wrapped_model = make_optimizer(model, s), torch.compile(model) if args.compile else model
+        optimizer, wrapped_model = make_optimizer(model, s), compiled(model) if args.compile else model
 
         def step():
             for _ in range(s["grad_accum"]):
@@ -471,8 +477,9 @@ def bench(args):
     print(f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, vocabulary {V:,}; {s['grad_accum']} "
           f"x {B} x {T} random tokens per step; {dtype}" + ", compiled" * args.compile
           + ", blocks checkpointed" * args.checkpoint_blocks)
-    print(torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-          f"| torch {torch.__version__} | {kernels.backend()}", flush=True)
+    threads = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else "mps"
+    print(torch.cuda.get_device_name() if device.type == "cuda" else threads,
+          f"| torch {torch.__version__} | {kernels.backend(device)}", flush=True)
     empty = kernels.peak_memory(device, reset=True)
     step = stepper(config)
     timed(step)
