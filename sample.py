@@ -34,7 +34,7 @@ def draw(logits, uniform, temperature, top_k, top_p, gpu=False):
     V = logits.size(-1)
     k = min(top_k or V, V)
     likely, token = likeliest(logits, k) if gpu and 32 * k < V else logits.topk(k)  # (B, k), falling
-    p = (likely.float() / max(temperature, 1e-30)).softmax(-1)
+    p = (likely.float() / max(temperature, 1e-30)).softmax(-1)  # lower still, the quotient would overflow
     if top_p < 1:
         p = p * (p.cumsum(-1) - p < top_p)  # the token that reaches top_p still counts, so one always does
         uniform = uniform * p.sum(-1)
@@ -309,10 +309,10 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, s
     return torch.cat([ids, *(token[:, None] for token in new)], dim=1)
 
 
-WARM_UP = 4  # tokens: the prompt's pass, and on a GPU two steps as they are and the captured one
-
-
 # ---- The command line ------------------------------------------------------------------------------------------------
+WARM_UP = 4  # tokens: the prompt's pass; and on a GPU two steps as they are, and the captured one
+
+
 class Row:
     """One sample: its tokens become text as they come, whole characters only, up to the end of the story."""
 

@@ -2072,9 +2072,8 @@ def test_training_says_what_the_machine_lacks(data, tmp_path, capsys, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    for bench in (), ("--bench",):
-        torch.compiler.reset()
-        assert "--compile needs a C compiler" in refuse("--compile", *bench)
+    torch.compiler.reset()
+    assert "--compile needs a C compiler" in refuse("--compile")
     assert not (tmp_path / "out").exists()
 
 
@@ -2369,8 +2368,8 @@ def test_a_step_takes_110_kernels(as_on_a_gpu, monkeypatch):
 @pytest.mark.parametrize("V, k", [(660, 20), (50257, 50), (997, 7), (4096, 128)])
 def test_top_k_in_two_stages(V, k):
     """The same tokens; among equal logits, of which topk may take any, one as likely."""
-    chance = torch.rand(300, generator=torch.Generator().manual_seed(V))
-    for logits in (torch.randn(300, V, generator=torch.Generator().manual_seed(k)).mul(2), tokens(300, V) / 8.0):
+    chance = torch.rand(60, generator=torch.Generator().manual_seed(V))
+    for logits in (torch.randn(60, V, generator=torch.Generator().manual_seed(k)).mul(2), tokens(60, V) / 8.0):
         for top_p in (0.6, 1.0):
             one, two = (sampling.draw(logits, chance, 0.9, k, top_p, gpu)[:, None] for gpu in (False, True))
             value = logits.gather(1, one)
@@ -2529,7 +2528,7 @@ def test_doses_move_the_signals_they_name():
 
 
 # ==== Sampling ========================================================================================================
-def test_sampling_writes_text(trained):
+def test_sampling_writes_text(trained, monkeypatch, capsys):
     ckpt = trained[0] / "ckpt_best.pt"
 
     def say(*args):
@@ -2540,8 +2539,9 @@ def test_sampling_writes_text(trained):
     assert one.returncode == three.returncode == 0 and one.stdout == again.stdout
     assert one.stdout.startswith("Once upon") and len(one.stdout) > 60
     assert re.fullmatch(r"\d+ tokens in [\d.]+ s: \d+ tokens/s, after the first 4 \d+ tokens/s\n", one.stderr)
-    assert re.fullmatch(r"4 tokens in [\d.]+ s: \d+ tokens/s\n", say("--max_new_tokens", 4).stderr)
-    assert say("--max_new_tokens", 0).returncode == 0
+    for count in (0, 4):  # no rate where nothing follows the start-up
+        run_here(monkeypatch, sampling, "--prompt", "Once upon", "--ckpt", ckpt, "--max_new_tokens", count)
+        assert re.fullmatch(rf"{count} tokens in [\d.]+ s: \d+ tokens/s\n", capsys.readouterr().err)
     model, ids = ModulatedLM.load(ckpt), torch.tensor([[256, *b"Once upon"]])  # after the end of another story
     expected = generate(model, ids, 256, seed=3, end_token=256)[0, 1:].tolist()
     assert one.stdout.startswith(tokenizer_of({"tokenizer": "bytes"}).decode(expected)[:20])

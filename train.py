@@ -240,8 +240,8 @@ def train(args):
         """-> inputs and targets (B, T) int64 on the device; -1 where a row is padded."""
         x, y = (torch.from_numpy(a) for a in windows(tokens, rows, end))
         if device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()
-        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            return [a.pin_memory().to(device, non_blocking=True) for a in (x, y)]
+        return x.to(device), y.to(device)
 
     def batch(micro):
         epoch, place = divmod(micro, per_epoch)
