@@ -477,7 +477,7 @@ def bench(args):
     print(f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, vocabulary {V:,}; {s['grad_accum']} "
           f"x {B} x {T} random tokens per step; {dtype}" + ", compiled" * args.compile
           + ", blocks checkpointed" * args.checkpoint_blocks)
-    threads = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else "mps"
+    threads = f"{device.type.upper()}, {torch.get_num_threads()} threads"
     print(torch.cuda.get_device_name() if device.type == "cuda" else threads,
           f"| torch {torch.__version__} | {kernels.backend(device)}", flush=True)
     empty = kernels.peak_memory(device, reset=True)
