@@ -2137,24 +2137,6 @@ def test_no_64_bit_floats_on_mps(data, tmp_path, monkeypatch):
         torch.ones(3, device=MPS).double()
 
 
-def test_a_micro_batch_launches_its_kernels(monkeypatch):
-    """At 6 layers, forward: 14 norms (two per block, the controller's, the last), 12 branches joined, the signals, and
-    the softmax of each chunk of the head: 13 for the paper's 8,192 tokens in half precision. Backward: all but that."""
-    launched = collections.Counter()
-    monkeypatch.setitem(kernels._launchers, CPU, lambda name, *_: launched.update([name.split("<")[0]]))
-    model, ids = lively(n_layer=6), tokens(3, 16)
-    monkeypatch.setattr(kernels, "LOGIT_BYTES", 61 * 4 * 20)  # 20 rows, or fewer: three chunks at least
-    loss = model(ids, ids)
-    chunks = -(-48 // kernels.rows_per_chunk(torch.empty(48, 32), model.embed.weight))
-    want = {"rms_norm_forward": 14, "modulate_forward": 12, "actuate_forward": 1, "softmax_loss": chunks}
-    assert launched == want and chunks >= 3
-    loss.total.backward()
-    assert launched == want | {"rms_norm_backward": 14, "modulate_backward": 12, "actuate_backward": 1}
-    monkeypatch.undo()
-    half = torch.empty(8192, 1, dtype=torch.float16), torch.empty(50257, 1, dtype=torch.float16)
-    assert -(-8192 // kernels.rows_per_chunk(*half)) == 13
-
-
 def test_non_finite_loss_stops_the_run(data, tmp_path):
     """The run is broken in its sixth step; the checkpoint of the fourth stays as it was."""
     code = f"""import sys, torch, train
