@@ -54,6 +54,7 @@ class NCNConfig:
     homeostatic_lambda: float = 0.01  # of Eq. 18: weight of (s - 1)^2, summed over signals, else averaged
     signals: tuple = SIGNALS  # which signals the controller drives; () is the plain, "static" Transformer
     salience: str = "causal"  # tokens the salience pooling sees: causal 0..t, global all, reactive t, constant none
+    n_control: int = 0  # numbers that the controller reads beside the text: a task, a metric, a slider; 0: none
     n_ffn: int = 0  # hidden width of the FFN; 0: 4 n_embd. Wider: a static model with a controller's parameters
 
     def __post_init__(self):
@@ -71,9 +72,12 @@ class NCNConfig:
             raise ValueError(f"block_size is {self.block_size}, it must be at least 2")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, it must be in [0, 1)")
-        for name in ("homeostatic_lambda", "n_ffn"):
+        for name in ("homeostatic_lambda", "n_control", "n_ffn"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be 0 or more")
+        if self.n_control and not self.signals:
+            raise ValueError(f"n_control is {self.n_control}, but a model without signals has no controller to read a "
+                             "control: give it signals, or data without labels")
 
 
 def check_salience(mode):
@@ -96,8 +100,9 @@ class RMSNorm(nn.Module):
 class Controller(nn.Module):
     """The neuromodulatory nuclei: embeddings in, three signals per token and layer out.
 
-    Tonic context c (what kind of text is this?) by salience pooling, phasic input x (what is this token?), and a small
-    MLP over their sum that decides, for each layer, how to process the token."""
+    Tonic context c (what kind of text is this?) by salience pooling, phasic input x (what is this token?), if asked for
+    a control from outside (what is wanted?), and a small MLP over their sum that decides, for each layer, how to
+    process the token."""
 
     def __init__(self, config):
         super().__init__()
@@ -105,6 +110,7 @@ class Controller(nn.Module):
         self.query = nn.Parameter(torch.empty(1, d))  # the learned salience query, the "top-down attentional set"
         self.in_proj = nn.Linear(d, 3 * d)  # query, key and value of a standard multi-head attention
         self.out_proj = nn.Linear(d, d)
+        self.control = nn.Linear(config.n_control, d, bias=False) if config.n_control else None  # section 3.2
         self.norm = RMSNorm(d)
         self.layer1 = nn.Linear(d, config.ncn_hidden)
         self.layer2 = nn.Linear(config.ncn_hidden, self.n_layer * 3)
@@ -117,13 +123,16 @@ class Controller(nn.Module):
             self.layer2.weight.mul_(0.01)  # small: the signals start at the biases' values, yet can learn
             self.layer2.bias.copy_(torch.tensor([0.0, 0.525, 3.0]).repeat(self.n_layer))
 
-    def forward(self, x, salience):
-        """x (B, T, d), what the blocks get -> the signals (B, T, L, 3), float32, in the order of SIGNALS."""
+    def forward(self, x, salience, control=None):
+        """x (B, T, d), what the blocks get -> the signals (B, T, L, 3), float32, in the order of SIGNALS.
+        control: (B, 1 or T, n_control); none is a control of zeros."""
         check_salience(salience)
         if salience == "constant":  # the MLP gets no input: three learned numbers per layer, the same for every token
             u = x.new_zeros(1, 1, x.size(-1))
         else:
             u = self.context(x, salience) + x  # Eq. 2; Eq. 13 says it for all tokens at once. (B, T, d)
+        if control is not None:
+            u = u + self.control(control.to(self.control.weight.dtype))
         return self.compute_signals(u).expand(*x.shape[:2], -1, -1)
 
     def context(self, x, salience):
@@ -302,12 +311,22 @@ class ModulatedLM(nn.Module):
         x = self.embed(ids) + self.position.weight[: ids.size(1)]
         return F.dropout(x, self.config.dropout, self.training)
 
-    def hidden(self, ids, salience=None, edit=None):
+    def check_control(self, control, B, T):
+        """A control (B, n_control) or (B, T, n_control) -> (B, 1 or T, n_control), None -> None. Raises ValueError."""
+        if control is None:
+            return None
+        if not (n := self.config.n_control):
+            raise ValueError("this model takes no control: its n_control is 0")
+        if tuple(control.shape) not in ((B, n), (B, T, n)):
+            raise ValueError(f"control has shape {tuple(control.shape)}, it must be {(B, n)} or {(B, T, n)}")
+        return control[:, None] if control.dim() == 2 else control
+
+    def hidden(self, ids, salience=None, edit=None, control=None):
         """ids (B, T) -> the last hidden state (B, T, d), and the signals (B, T, L, 3), None without a controller."""
-        x = self.embeddings(ids)  # (B, T, d)
+        x, control = self.embeddings(ids), self.check_control(control, *ids.shape)  # (B, T, d), (B, 1 or T, n_control)
         signals, per_layer = None, [None] * self.config.n_layer
         if self.controller:  # backward, the controller learns through every signal at once: Eq. 16
-            signals = self.controller(x, salience or self.config.salience)  # (B, T, L, 3)
+            signals = self.controller(x, salience or self.config.salience, control)  # (B, T, L, 3)
             per_layer = (edit(signals) if edit else signals).unbind(2)  # L x (B, T, 3)
         for block, s in zip(self.blocks, per_layer, strict=True):
             if self.checkpoint_blocks and self.training:  # keep a block's input only, and compute it again in backward
@@ -316,13 +335,14 @@ class ModulatedLM(nn.Module):
                 x = block(x, s)
         return self.norm(x), signals
 
-    def forward(self, ids, targets=None, salience=None, edit=None):
+    def forward(self, ids, targets=None, salience=None, edit=None, control=None):
         """ids (B, T) int64 -> logits (B, T, V); with targets (B, T) int64, of which negative ones are ignored, a Loss
         instead: total = task + homeostatic, in nats per token (float32 scalars). Raises ValueError if T > block_size.
+        control: (B, n_control), or (B, T, n_control) from token to token; none is a control of zeros.
 
         salience overrides the config's mode. edit, a function from signals (B, T, L, 3) to signals, changes them
         before use: to dose a modulator or to pin it. The homeostatic loss is that of the unedited signals."""
-        x, signals = self.hidden(ids, salience, edit)
+        x, signals = self.hidden(ids, salience, edit, control)
         if targets is None:
             return F.linear(x, self.embed.weight)
         task = linear_cross_entropy(x, self.embed.weight, targets)  # forms the gradients in the same pass
@@ -335,11 +355,12 @@ class ModulatedLM(nn.Module):
         return Loss(task + homeostatic, task, homeostatic)  # Eq. 19; Eq. 15 says the same
 
     @torch.no_grad()
-    def signals(self, ids, salience=None):
+    def signals(self, ids, salience=None, control=None):
         """ids (B, T) -> (B, T, L, 3) float32: gain, precision, gate. All ones without a controller. In eval mode."""
+        control = self.check_control(control, *ids.shape)
         if not self.controller:
             return torch.ones(*ids.shape, self.config.n_layer, 3, device=ids.device)
-        return self.controller(self.embeddings(ids), salience or self.config.salience)
+        return self.controller(self.embeddings(ids), salience or self.config.salience, control)
 
     # ---- Files -------------------------------------------------------------------------------------------------------
 

@@ -69,6 +69,7 @@ class Decoder:
     KNOWN = set("""embed.weight position.weight norm.weight controller.query controller.in_proj.weight
         controller.in_proj.bias controller.out_proj.weight controller.out_proj.bias controller.norm.weight
         controller.layer1.weight controller.layer1.bias controller.layer2.weight controller.layer2.bias
+        controller.control.weight
         blocks.attn_norm.weight blocks.qkv.weight blocks.attn_out.weight blocks.ffn_norm.weight blocks.ffn_in.weight
         blocks.ffn_in.bias blocks.ffn_out.weight blocks.ffn_out.bias""".split())
 
@@ -139,7 +140,7 @@ class Decoder:
             return rms_norm(x, self.ones)
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.eps)
 
-    def compute_signals(self, x, salience):
+    def compute_signals(self, x, salience, control=None):
         """Controller.forward: x (B, T, d) -> (B, T, L, 3), float32. T > 1 only where nothing was read before."""
         (B, T, d), k, flat = x.shape, self.model.controller, x.flatten(0, 1)
         if salience == "constant":
@@ -155,18 +156,21 @@ class Decoder:
             elif salience == "causal":
                 value = salience_step(score[:, 0], pool[:, 0, :, :-1], self.state)  # (B, h, e)
             u = self.linear(value.reshape(B * T, d).to(x.dtype), self.out_proj) + flat  # Eq. 1, 2
+        if control is not None:
+            u = u + F.linear(control.to(self.dtype), k.control.weight.to(self.dtype)).view(B * T, d)
         z = F.linear(torch.tanh(F.linear(self.normalize(u), *self.layer1)), *self.layer2)  # Eq. 3
         signals = actuate(z.view(B, T, k.n_layer, 3))  # Eq. 4 to 7
         return signals if k.all_active else torch.where(k.active, signals, 1.0)
 
-    def step(self, ids, salience, edit=None):
-        """Reads ids (B, T), which follow those read before, and returns the last one's logits (B, V). T > 1 only as the
-        first step after rewind; ids may then have one row for all of the batch."""
+    def step(self, ids, salience, edit=None, control=None):
+        """Reads ids (B, T), which follow those read before, with their control (B, T, n_control), if any, and returns
+        the last one's logits (B, V). T > 1 only as the first step after rewind; ids and control may then have one row
+        for all of the batch."""
         model, c, (B, T) = self.model, self.model.config, ids.shape
         place = F.embedding(self.position if self.length else self.slots[:T], self.places)
         x = (model.embed(ids) + place[:, -c.n_embd :]).to(self.dtype)  # (B, T, d)
         if model.controller:
-            signals = self.compute_signals(x, salience)
+            signals = self.compute_signals(x, salience, control)
             signals = edit(signals) if edit else signals
         else:
             signals = torch.ones(B, T, c.n_layer, 3, device=x.device)
@@ -227,14 +231,18 @@ def salience_of(config, asked=None):
 
 
 def stream(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=None, salience=None, edit=None,
-           end_token=None):
+           end_token=None, control=None):
     """Yields the next token of each row, (B,) int64, up to max_new_tokens times; prompt ids (B, T) int64, T >= 1.
 
     temperature 0 is greedy; top_k 0 keeps every token. Row r of seed s draws the same numbers whatever the batch;
     without a seed one is drawn from torch's generator. A row that has drawn end_token goes on yielding it; when all
     have, the stream ends (on a GPU up to 15 tokens later). A model trained with `global` salience generates with
-    `causal`: the prefix is all there is. edit changes the signals (B, T, L, 3) before use; on a GPU it is captured in a
-    CUDA graph: tensor operations only, no .item(). Raises ValueError, NotImplementedError."""
+    `causal`: the prefix is all there is. edit changes the signals (B, T, L, 3) before use.
+    control: (B, n_control), or (B, T + max_new_tokens, n_control) from token to token. Or a function from the logits of
+    a token (B, V) to the control (B, n_control) with which it is read once it is drawn, such as the entropy of the
+    prediction, an internal metric; the prompt is then read with zeros.
+    On a GPU both functions are captured in a CUDA graph: tensor operations only, no .item().
+    Raises ValueError, NotImplementedError."""
     c = model.config
     if ids.dim() != 2 or ids.size(1) == 0:
         raise ValueError("the prompt has no tokens")
@@ -246,31 +254,45 @@ def stream(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, see
         raise ValueError(f"top_p is {top_p}, it must be in (0, 1]")
     if top_k < 0 or max_new_tokens < 0:
         raise ValueError(f"top_k ({top_k}) and max_new_tokens ({max_new_tokens}) must be 0 or more")
-    salience = salience_of(c, salience)
+    salience, controls, feed_back = salience_of(c, salience), None, control if callable(control) else None
+    if control is not None:  # of every token, also of those to come
+        controls = torch.zeros(len(ids), ids.size(1) + max_new_tokens, c.n_control, device=ids.device)
+        controls += model.check_control(controls if feed_back else control.detach(), *controls.shape[:2]).to(controls)
+        if not controls.isfinite().all():
+            raise ValueError("control holds a number that is not finite")
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    return _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salience, edit, end_token)
+    return _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salience, edit, end_token, controls,
+                   feed_back)
 
 
 @torch.inference_mode()
-def _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salience, edit, end_token):
+def _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salience, edit, end_token, controls,
+            feed_back):
     (B, prompt), size = ids.shape, model.config.block_size
     uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed + row))
                            for row in range(B)], dim=1).to(ids.device)  # (max_new_tokens, B)
     text = torch.cat([ids, ids.new_empty(B, max_new_tokens)], dim=1)
     # On the device, where a captured step finds them: the last token, none yet, and the window's uniform numbers.
     last_token, chance = torch.full_like(ids[:, :1], -1), uniform.new_zeros(size + 1, B)
-    shared_prompt = bool((ids == ids[0]).all())
+    # The same for controls (B, T + max_new_tokens, n_control), if any: the last token's, and the window's.
+    last_control, told = None, None
+    if controls is not None:
+        last_control, told = controls[:, prompt - 1 : prompt].clone(), controls.new_zeros(B, size + 1, controls.size(2))
+    shared_prompt = all(bool((x[:, :prompt] == x[:1, :prompt]).all()) for x in (ids, controls) if x is not None)
     decoder, start, graph, warm_ups = Decoder(model, B), -1, None, 2
 
-    def step(new):
-        """Reads the tokens new (B, T), draws the next one: everything that happens per token."""
-        logits = decoder.step(new, salience, edit).expand(B, -1)
+    def step(new, control):
+        """Reads the tokens new (B, T) with their control, draws the next one: everything that happens per token."""
+        logits = decoder.step(new, salience, edit, control).expand(B, -1)
         number = chance.index_select(0, decoder.position)[0]
         token = draw(logits, number, temperature, top_k, top_p, decoder.gpu)[:, None]
         if end_token is None:
             last_token.copy_(token)
         else:
             torch.where(last_token == end_token, last_token, token, out=last_token)
+        if controls is not None:
+            its = feed_back(logits) if feed_back else told.index_select(1, decoder.position)
+            last_control.copy_(model.check_control(its, B, 1))
 
     def captured_step():
         """The same on a GPU: recorded once, then replayed, since all that it reads and writes stays where it is."""
@@ -279,7 +301,7 @@ def _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salienc
             graph, length = torch.cuda.CUDAGraph(), decoder.length
             # With a stream of its own: torch's for capturing belongs to the first GPU that captured anything.
             with torch.cuda.device(ids.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(ids.device)):
-                step(last_token)
+                step(last_token, last_control)
             decoder.length = length  # recording moves the host's count, not the device's
         graph.replay()
         decoder.length += 1
@@ -290,13 +312,19 @@ def _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salienc
             decoder.rewind()
             numbers = uniform[n - prompt : start + size + 1 - prompt]
             chance[n - start : n - start + len(numbers)] = numbers
-            step(text[: 1 if shared_prompt and n == prompt else B, start:n])  # samples of one prompt share its pass
+            if controls is not None:
+                its = controls[:, start : start + size + 1]
+                told[:, : its.size(1)] = its
+            rows = 1 if shared_prompt and n == prompt else B  # samples of one prompt share its pass
+            step(*(x if x is None else x[:rows, start:n] for x in (text, controls)))
         elif not decoder.gpu or warm_ups:  # on a GPU two steps as they are: kernels and libraries load
-            step(last_token)
+            step(last_token, last_control)
             warm_ups -= decoder.gpu
         else:
             captured_step()
         text[:, n] = last_token[:, 0]
+        if controls is not None:
+            controls[:, n] = last_control[:, 0]
         yield text[:, n]
         # Looking at a GPU's result makes the host wait, so there only now and then.
         if end_token is not None and (not decoder.gpu or n % 16 == 0) and (last_token == end_token).all():
@@ -358,23 +386,23 @@ def paint(text, level):
     return on + text.replace("\n", f"{off}\n{on}") + off
 
 
-def read_again(model, ids, salience):
+def read_again(model, ids, salience, control):
     """The signals with which generation has read the text ids (1, T), window by window -> (T, L, 3)."""
     size = model.config.block_size
-    signals = model.signals(ids[:, :size], salience)[0]
+    signals = model.signals(ids[:, :size], salience, control)[0]
     while len(signals) < ids.size(1):
         start = window_start(len(signals) + 1, size)
-        more = model.signals(ids[:, start : start + size], salience)[0, len(signals) - start :]
+        more = model.signals(ids[:, start : start + size], salience, control)[0, len(signals) - start :]
         signals = torch.cat([signals, more])
     return signals
 
 
-def write_trace(model, rows, salience, dose, signal, layer):
+def write_trace(model, rows, salience, control, dose, signal, layer):
     """The finished samples, each token coloured by the controller's signal when it was read."""
     values = []
     for row in rows:
         ids = torch.tensor([[row.tokenizer.eot_token, *row.tokens]], device=dose.device)
-        its = (read_again(model, ids, salience) * dose)[1:, :, SIGNALS.index(signal)]  # (T, L)
+        its = (read_again(model, ids, salience, control) * dose)[1:, :, SIGNALS.index(signal)]  # (T, L)
         values.append((its.mean(-1) if layer is None else its[:, layer]).tolist())
     low, high = min(map(min, values)), max(map(max, values))
     print(f"{signal}, {'mean of the layers' if layer is None else f'layer {layer}'}: {low:.3f} "
@@ -384,6 +412,10 @@ def write_trace(model, rows, salience, dose, signal, layer):
         print("\n---\n" * (i > 0) + "".join(paint(again.add(token), (value - low) / (high - low or 1))
                                             for token, value in zip(row.tokens, its, strict=True)), end="")
     print()
+
+
+def numbers(text):
+    return [float(number) for number in text.split(",")]
 
 
 def arguments():
@@ -404,6 +436,9 @@ def arguments():
     effects = "how strongly layers write", "how sharply they attend", "how much FFNs add"
     for name, effect in zip(SIGNALS, effects, strict=True):
         add(f"--{name}", type=float, default=1.0, help=f"multiply the {name} of every layer: {effect}" + default)
+    add("--control", type=numbers, metavar="X,Y,...",
+        help="what the controller is told, a number for each control of the data; 0: nothing (default: all 0). Write "
+             "--control=-1,0 where the first is negative")
     add("--trace", choices=SIGNALS, help="colour each token by this signal, once the text is complete; in a terminal "
                                          "with colours only")
     add("--layer", type=int, help="the layer that --trace shows, from 0 (default: the mean of all)")
@@ -429,15 +464,20 @@ def main():
             raise ValueError(f"--layer is {args.layer}, the model has layers 0 to {model.config.n_layer - 1}")
         if not args.prompt:
             raise ValueError("the prompt has no tokens: give the text some beginning")
+        names = ckpt.get("data", {}).get("controls", ())
+        if args.control and len(args.control) != model.config.n_control:
+            raise ValueError(f"--control has {len(args.control)} numbers, {args.ckpt} takes {model.config.n_control}"
+                             + ": " * bool(names) + ", ".join(names))
         device = pick_device(args.device)
         model.to(device)
         salience, dose = salience_of(model.config, args.salience), torch.tensor(doses, device=device)
         # In training every story follows the end of another one: the same mark says here that a story begins.
         prompt = tokenizer.encode_ordinary(args.prompt)
         ids = torch.tensor([[tokenizer.eot_token, *prompt]] * args.num_samples, device=device)
+        control = args.control and torch.tensor([args.control], device=device)  # (1, n_control)
         start, edit = time.perf_counter(), None if doses == [1, 1, 1] else lambda signals: signals * dose
         tokens = stream(model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, salience,
-                        edit, tokenizer.eot_token)
+                        edit, tokenizer.eot_token, control if control is None else control.expand(len(ids), -1))
         begun = list(itertools.islice(tokens, WARM_UP))
         if begun:
             begun[-1].tolist()  # waits for a GPU
@@ -449,7 +489,7 @@ def main():
                 for row, token in zip(rows, step.tolist(), strict=True):
                     row.add(token)
             end = time.perf_counter()
-            write_trace(model, rows, salience, dose, args.trace, args.layer)
+            write_trace(model, rows, salience, control, dose, args.trace, args.layer)
             counts = [len(row.tokens) - len(prompt) for row in rows]
         else:
             rows = [Row(tokenizer, args.prompt) for _ in ids]

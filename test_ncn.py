@@ -826,7 +826,7 @@ def test_kernel_decode_step_replays_as_a_graph(device):
 
 
 # ==== The model =======================================================================================================
-def by_the_paper(model, ids):
+def by_the_paper(model, ids, control=None):
     """The model's logits, signals and homeostatic loss, written out again in float64, with full masks."""
     c, p = model.config, {k: v.double() for k, v in model.state_dict().items()}
     B, T = ids.shape
@@ -850,7 +850,10 @@ def by_the_paper(model, ids):
         mask = {"global": causal | True, "reactive": torch.eye(T, dtype=torch.bool)}.get(c.salience, causal)
         context = attention(query @ w[0].T + b[0], x @ w[1].T + b[1], x @ w[2].T + b[2], c.ncn_heads, mask)
         context = context @ p["controller.out_proj.weight"].T + p["controller.out_proj.bias"]
-        u = norm(torch.zeros_like(x) if c.salience == "constant" else context + x, p["controller.norm.weight"])
+        u = torch.zeros_like(x) if c.salience == "constant" else context + x
+        if control is not None:
+            u = u + (control.double() @ p["controller.control.weight"].T).view(B, -1, c.n_embd)
+        u = norm(u, p["controller.norm.weight"])
         hidden = torch.tanh(u @ p["controller.layer1.weight"].T + p["controller.layer1.bias"])
         z = (hidden @ p["controller.layer2.weight"].T + p["controller.layer2.bias"]).view(B, T, c.n_layer, 3)
         every = (2 * z[..., 0].sigmoid(), (F.softplus(z[..., 1]) + 0.01).clamp(max=4), z[..., 2].sigmoid())
@@ -881,6 +884,40 @@ def test_model_is_the_papers(salience, signals):
         torch.testing.assert_close(loss.task.double(), task, atol=1e-5, rtol=1e-5)
         assert abs(loss.homeostatic.item() - homeostatic) < 1e-6
         assert loss.total.item() == pytest.approx((loss.task + loss.homeostatic).item())
+
+
+def controls(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("salience", ncn.SALIENCE)
+def test_a_control_joins_the_controllers_input(salience):
+    """One for all tokens, or one each; none is zeros, and a new model hardly heeds it, but can learn to."""
+    model, ids = lively(salience=salience, n_control=3), tokens(2, 16)
+    for control in (controls(2, 3), controls(2, 16, 3)):
+        logits, s, _ = by_the_paper(model, ids, control)
+        torch.testing.assert_close(model(ids, control=control).double(), logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.signals(ids, control=control).double(), s, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(ids, control=torch.zeros(2, 3)), model(ids), atol=1e-5, rtol=1e-5)
+    torch.manual_seed(0)
+    new = ModulatedLM(NCNConfig(**TINY, salience=salience, n_control=3)).eval()
+    torch.manual_seed(0)
+    plain = ModulatedLM(NCNConfig(**TINY, salience=salience)).eval()
+    assert (new.signals(ids, control=controls(2, 3)) - plain.signals(ids)).abs().max() < 0.03
+    assert all(torch.equal(p, new.state_dict()[name]) for name, p in plain.state_dict().items())
+    assert set(new.state_dict()) - set(plain.state_dict()) == {"controller.control.weight"}
+    new(ids, ids, control=controls(2, 3)).total.backward()
+    assert new.controller.control.weight.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("n, shape, says", [
+    (0, (2, 1), "takes no control"), (3, (2, 2), r"\(2, 2\), it must be \(2, 3\) or \(2, 9, 3\)"),
+    (3, (1, 3), "it must be"), (3, (2, 8, 3), "it must be"), (3, (3,), "it must be")])
+def test_a_control_of_another_shape_is_refused(n, shape, says):
+    model = lively(n_control=n)
+    for call in (model, model.signals, lambda ids, control: generate(model, ids[:, :5], 4, control=control)):
+        with pytest.raises(ValueError, match=says):
+            call(tokens(2, 9), control=torch.zeros(shape))
 
 
 @pytest.mark.parametrize("salience", ["global", "reactive"])
@@ -1033,7 +1070,7 @@ def test_the_demonstration_shows_what_the_readme_explains(capsys):
 
 @pytest.mark.parametrize("bad", [dict(n_head=3), dict(ncn_heads=5), dict(signals=("gain", "dopamine")), dict(n_ffn=-1),
                                  dict(salience="psychic"), dict(n_layer=0), dict(dropout=1.0), dict(block_size=1),
-                                 dict(homeostatic_lambda=-1.0)])
+                                 dict(homeostatic_lambda=-1.0), dict(n_control=-1), dict(n_control=1, signals=())])
 def test_config_refuses(bad):
     with pytest.raises(ValueError, match=str(next(iter(bad)) if "signals" not in bad else "signal")):
         NCNConfig(**{**TINY, **bad})
@@ -2186,27 +2223,29 @@ def test_cached_generation_is_the_full_pass(salience, trained_as):
     assert len(seen) > 8  # not stuck on one token, where any cache would look right
 
 
-def steps(decoder, ids, salience, edit=None):
+def steps(decoder, ids, salience, edit=None, control=None):
     """The decoder's logits after 5, 6, ..., T tokens."""
     decoder.rewind()
-    ends = range(5, ids.size(1) + 1)
-    return [decoder.step(ids[:, :t] if t == 5 else ids[:, t - 1 : t], salience, edit) for t in ends]
+    parts = [slice(5), *(slice(t, t + 1) for t in range(5, ids.size(1)))]
+    return [decoder.step(ids[:, t], salience, edit, control if control is None else control[:, t]) for t in parts]
 
 
 @pytest.mark.parametrize("gpu, parts", [(True, 1), (False, 2), (False, 17)])
 @pytest.mark.parametrize("config", [dict(), dict(signals=(), n_ffn=50), dict(signals=("precision",)),
-                                    dict(salience="reactive"), dict(salience="constant")])
+                                    dict(salience="reactive"), dict(salience="constant"), dict(n_control=2),
+                                    dict(salience="reactive", n_control=2), dict(salience="constant", n_control=3)])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_decoder_is_the_model(gpu, parts, config, batch, monkeypatch):
     """A step at a time against the full pass; gpu: as a GPU decodes, over all slots, the unwritten ones masked."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: parts)  # weights that do not divide evenly, too
     model, ids = lively(**config), tokens(batch, 16)
+    control = controls(batch, 16, n) if (n := model.config.n_control) else None  # another one for each token
     decoder = sampling.Decoder(model, batch, gpu)
     for edit in (None, lambda signals: 2 * signals):
         decoder.cache.fill_(9e3)  # what was never written must not count
         with torch.no_grad():
-            full = model(ids, edit=edit)
-            for t, logits in enumerate(steps(decoder, ids, model.config.salience, edit), 4):
+            full = model(ids, edit=edit, control=control)
+            for t, logits in enumerate(steps(decoder, ids, model.config.salience, edit, control), 4):
                 torch.testing.assert_close(logits, full[:, t], atol=2e-5, rtol=1e-5)
 
 
@@ -2372,6 +2411,38 @@ def test_decoder_refuses_what_it_does_not_know():
     model.controller.layer2 = torch.nn.Linear(8, model.config.n_layer * 4)
     with pytest.raises((RuntimeError, ValueError)):
         generate(model, tokens(1, 3), 2)
+
+
+def surprise(logits):
+    """An internal metric: the entropy of a prediction and its largest logit. (B, V) -> (B, 2)."""
+    return torch.stack([torch.special.entr(logits.softmax(-1)).sum(-1), logits.amax(-1)], 1)
+
+
+@pytest.mark.parametrize("salience", ["causal", "reactive", "constant"])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_controls_in_generation_are_the_full_passes(salience, gpu, monkeypatch):
+    """A control for the text, one for each token, and one fed back from the prediction, over refills of the window."""
+    monkeypatch.setattr(sampling, "Decoder", functools.partial(sampling.Decoder, gpu=gpu))
+    model, texts = lively(salience=salience, n_control=2), []
+    for prompt in (tokens(2, 5), tokens(1, 3).expand(2, -1)):
+        T = prompt.size(1)
+        for control in (controls(2, 2), controls(1, 2).expand(2, -1), controls(2, T + 40, 2), surprise):
+            text, its = prompt, torch.zeros(2, T, 2)
+            if control is not surprise:
+                its = control if control.dim() == 3 else control[:, None].expand(-1, T + 40, -1)
+            for n in range(T, T + 40):
+                at = window_start(n, 16)
+                logits = model(text[:, at:], control=its[:, at:n])[:, -1].detach()
+                text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
+                its = torch.cat([its, surprise(logits)[:, None]], 1) if control is surprise else its
+            assert torch.equal(generate(model, prompt, 40, temperature=0, control=control), text)
+            texts.append(tuple(text.flatten().tolist()))
+    assert len(set(texts)) == 8  # they matter
+    for bad in (lambda logits: logits, torch.full((1, 2), math.nan)):
+        with pytest.raises(ValueError, match="must be|not finite"):
+            generate(model, tokens(1, 3), 3, control=bad)
+    with pytest.raises(ValueError, match="takes no control"):
+        generate(lively(), tokens(1, 3), 3, control=surprise)
 
 
 def test_unseeded_generation_draws_from_torchs_generator():
