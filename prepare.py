@@ -1,8 +1,10 @@
 """Turns stories into tokens: writes train.bin and val.bin (uint16, little-endian) and meta.json.
+Where stories are labelled, train.control.bin and val.control.bin hold each one's numbers (float32, little-endian).
 
     python prepare.py              # training_data/*.txt if there are any, else TinyStories, else demo
     python prepare.py demo         # stories from the grammar below: no download, exact entropy known
     python prepare.py books more.txt --vocab seen --max_mb 100
+    python prepare.py books --label dialogue        # and for each story a number, for the controller to read
 
 The text streams through in blocks: a corpus of any size needs the same few hundred MB of memory.
 """
@@ -26,6 +28,7 @@ import tiktoken
 from tqdm import tqdm
 
 END = "<|endoftext|>"               # ends every story, in the text and in the tokens
+CONTROL = "<|control|>"             # begins a label line, a story's first: "<|control|> 1 0.5"
 BLOCK = 4 << 20                     # bytes read and tokenised at a time; even, a token is two bytes
 LONGEST = 16 << 20                  # bytes in one story: what bounds the memory
 DEMO_MB = 24                        # more than the laptop preset reads, so that no story comes twice
@@ -183,6 +186,12 @@ GRAMMAR = {
     "end": '"What a {trait} {kind}!" said {her} {kin}.|{name} hugged {pal} and the {color} {thing}.|'
            "Now {name} loved the {color} {thing} even more.|{name} and {pal} were very happy.",
 }
+# What a label decides (--labels) and the text before does not announce: by slot, the control, and the option for each
+# of its numbers.
+LABELLED = {"end": ("hug", {1: "{name} hugged {pal} and the {color} {thing}.",
+                            -1: '"What a {trait} {kind}!" said {her} {kin}.'}),
+            "start": ("long", {1: "Once upon a time, in a small town, there was a", -1: "There once was a"})}
+CONTROLS = [control for control, _ in LABELLED.values()]
 SLOT = re.compile(r"{(\w+)}")
 WORD = re.compile(r"'s| ?\w+| ?[^\w\s]|\s")             # a word or a mark of a story: one token of "words"
 LOOKED_UP = {"kind", "thing", "place", "trouble"}       # the slots that later slots depend on
@@ -203,17 +212,18 @@ def every(rule, **needs):
 
 
 def options(slot, drawn):
-    """The equally likely options of `slot`, given what was drawn before it."""
-    rule = GRAMMAR[slot]
+    """The equally likely options of `slot`, given what was drawn before it: slots, and the controls of a label."""
+    control, table = LABELLED.get(slot, (None, None))
+    rule = table[drawn[control]] if control in drawn else GRAMMAR[slot]
     while isinstance(rule, tuple):
         rule = rule[1][drawn[rule[0]]]
     return rule.split("|")
 
 
-def tell(rng):
-    """Draws one story. Returns its text and -log of its probability (nats).
+def tell(rng, label=()):
+    """Draws one story, given its label, pairs (control, number). Returns its text and -log of its probability (nats).
     `rng`: a random.Random; Python promises the same random() for a seed in every version and on every machine."""
-    drawn, words, nats = {}, {}, []
+    drawn, words, nats = dict(label), {}, []
 
     def fill(match):
         if (slot := match[1]) not in words:
@@ -226,11 +236,17 @@ def tell(rng):
     return SLOT.sub(fill, "{story}"), sum(nats)
 
 
+def tell_labelled(rng):
+    """Draws a label and a story of it; returns its label line and its text."""
+    label = {control: 1 - 2 * (rng.random() < 0.5) for control in CONTROLS}
+    return f"{CONTROL} {' '.join(map(str, label.values()))}\n{tell(rng, label)[0]}"
+
+
 @functools.cache
 def entropy(todo=("story",), drawn=frozenset()):
     """The exact entropy (nats) of a story, or of its rest: the chain rule, over every option of every slot.
     `todo`: the slots to come, in reading order. `drawn`: pairs (slot, option), with None for options that no slot
-    looks up, so that stories which go on alike share one cached sum."""
+    looks up, so that stories which go on alike share one cached sum; and the pairs of a label that is known."""
     if not todo:
         return 0.0
     slot, rest, known = todo[0], todo[1:], dict(drawn)
@@ -259,13 +275,14 @@ def story_pattern():
     return re.compile(expression("story", {})), groups
 
 
-def read_back(text):
-    """Reads one story, without END. Returns its mentions in reading order, None if it is no story of the grammar.
+def read_back(text, label=()):
+    """Reads one story, without END. Returns its mentions in reading order, None if it is no story of the grammar, or
+    not one of its label, pairs (control, number).
     A mention is (slot, start, end, words, nats): words = text[start:end]; nats, the log of the number of options where
     they are drawn, 0 where they are repeated. What is drawn must go with what was drawn before it, except for what it
     MAY_FORGET; a repetition may be any option of the slot. kept() says what came back right."""
     pattern, groups = story_pattern()
-    match, mentions, drawn = pattern.fullmatch(text), [], {}
+    match, mentions, drawn = pattern.fullmatch(text), [], dict(label)
     for i, (slot, option, needs) in enumerate(groups[1:] if match else (), 2):      # group 1 is the whole story
         start, end = match.span(i)
         if start < 0:                                   # this option does not stand here
@@ -292,8 +309,9 @@ def kept(mentions):
     return {name: slot not in wrong for name, slot in SLOTS.items()}
 
 
-def label_slots(tokens, tokenizer):
-    """What each of `tokens` (N,), whole demo stories with their ENDs, is part of, and what the grammar pays for it.
+def label_slots(tokens, tokenizer, labels=None):
+    """What each of `tokens` (N,), whole demo stories with their ENDs, is part of, and what the grammar pays for it,
+    given the stories' labels, if they have any, see read_labels.
     Returns (N,) int8, the position in SLOTS of the slot whose words it belongs to (a spot's count for its place), else
     len(SLOTS); and (N,) float64, -log of its probability (nats) given the tokens before it, exactly: over a story they
     sum to tell()'s nats. Raises ValueError if these are no stories of the grammar."""
@@ -302,8 +320,8 @@ def label_slots(tokens, tokenizer):
     slots, floor, begin = np.full(len(tokens), len(SLOTS), np.int8), np.zeros(len(tokens)), 0
     pieces = tokenizer.decode_tokens_bytes(tokens.tolist())
     token_of = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])              # of each character
-    for text in b"".join(pieces).decode(errors="replace").split(END)[:-1]:
-        if not (mentions := read_back(text)):
+    for i, text in enumerate(b"".join(pieces).decode(errors="replace").split(END)[:-1]):
+        if not (mentions := read_back(text, zip(CONTROLS, labels[0][i], strict=True) if labels else ())):
             raise ValueError("these are not the demo stories of this version: run prepare.py demo again")
         first = {slot: words for slot, _, _, words, _ in reversed(mentions)}
         first |= {slot: options(slot, first)[0] for slot in GRAMMAR.keys() - first}     # a pronoun that is not used
@@ -320,12 +338,35 @@ def label_slots(tokens, tokenizer):
     return slots, floor
 
 
+# ---- Labels ----------------------------------------------------------------------------------------------------------
+def dialogue(story):
+    """The share of a story's characters that stand inside quotation marks, in [0, 1]."""
+    return sum(map(len, re.findall('"[^"]*"|“[^”]*”', story))) / len(story)
+
+
+# What --label can compute: add your own function, from a story to a number. A model that is told nothing reads 0.
+LABELS = {"dialogue": dialogue}
+
+
+def read_label(story):
+    """The text of a story, and the numbers of its label line, if it has one. Raises ValueError."""
+    if not story.startswith(CONTROL):
+        return story, []
+    line, _, text = story.partition("\n")
+    with contextlib.suppress(ValueError):
+        numbers = [float(number) for number in line[len(CONTROL):].split()]
+        if numbers and all(abs(number) < 3e38 for number in numbers) and (text := text.strip()):
+            return text, numbers
+    raise ValueError(f"{line[:40]!r} must be finite numbers after {CONTROL}, then the story on a new line")
+
+
 # ---- Text in ---------------------------------------------------------------------------------------------------------
-def read_blocks(path, seed=None):
-    """Yields the bytes of a file in blocks of BLOCK; for "demo", without end, demo stories."""
+def read_blocks(path, seed=None, labelled=False):
+    """Yields the bytes of a file in blocks of BLOCK; for "demo", without end, demo stories, on request with labels."""
     rng = random.Random(seed)
     while path == "demo":
-        yield "".join(f"{tell(rng)[0]}\n{END}\n" for _ in range(1000)).encode()
+        stories = (tell_labelled(rng) if labelled else tell(rng)[0] for _ in range(1000))
+        yield "".join(f"{story}\n{END}\n" for story in stories).encode()
     try:
         with open(path, "rb") as file:
             while block := file.read(BLOCK):
@@ -400,7 +441,7 @@ def download(url, path):
 # ---- Tokens out ------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def new_files(paths):
-    """New binary files, which get the names `paths`, in this order, once all are on the disk.
+    """New binary files, which get the names `paths`, in this order, once all are on the disk; an empty one is removed.
     Any error leaves what was there before; one that comes from the disk is an OSError "cannot write PATHS: reason"."""
     try:
         with contextlib.ExitStack() as stack:
@@ -411,6 +452,8 @@ def new_files(paths):
                 os.fsync(file.fileno())
         for path in paths:
             os.replace(f"{path}.tmp", path)
+            if not os.path.getsize(path):
+                os.unlink(path)
     except OSError as error:
         raise OSError(f"cannot write {', '.join(map(str, paths))}: {error.strerror or error}") from None
     finally:
@@ -427,12 +470,13 @@ def encode(tokenizer, stories, pool):
     return np.concatenate([np.zeros(0, np.uint32), *tokens]).astype("<u2")
 
 
-def write_tokens(files, name, seen, inputs, val_fraction, seed, max_mb):
-    """Writes the tokens of `inputs` (files or "demo") to files[0] and files[1], the metadata to files[2]; returns them.
-    `name`: the tokenizer; `seen`: keep what occurs of GPT-2's tokens; `val_fraction`: share of the stories; `max_mb`:
-    10^6 bytes of text, or None. Raises ValueError for unusable text."""
-    tokenizer, (*bins, meta_file) = tokenizer_of({"tokenizer": name}), files
-    sources, stories_in, occurs = [], [0, 0], np.zeros(1 << 16, bool)
+def write_tokens(files, name, seen, inputs, val_fraction, seed, max_mb, labelled=False, label=None):
+    """Writes the tokens of `inputs` (files or "demo") to files[0] and files[1], the stories' labels, if they have any,
+    to files[2] and files[3], the metadata to files[4]; returns them. `name`: the tokenizer; `seen`: keep what occurs of
+    GPT-2's tokens; `val_fraction`: share of the stories; `max_mb`: 10^6 bytes of text, or None; `labelled`: the demo
+    stories are; `label`: which of LABELS to compute instead. Raises ValueError for unusable text."""
+    tokenizer, bins, label_files, meta_file = tokenizer_of({"tokenizer": name}), files[:2], files[2:4], files[4]
+    sources, stories_in, occurs, n_control = [], [0, 0], np.zeros(1 << 16, bool), None
     sizes = [1e6 * (max_mb or DEMO_MB) if path == "demo" else os.path.getsize(path) for path in inputs]
     room = min(sum(sizes), 1e6 * (max_mb or math.inf))
     rng = random.Random(seed + 1)                               # not the one that tells the demo stories
@@ -441,14 +485,26 @@ def write_tokens(files, name, seen, inputs, val_fraction, seed, max_mb):
             if not room:
                 break
             sources.append({"name": str(path)})
-            for stories, used in read_stories(read_blocks(path, seed), sources[-1], min(room, size)):
-                sides = [], []                                  # to train on, to validate on
+            before = sum(stories_in)
+            for stories, used in read_stories(read_blocks(path, seed, labelled), sources[-1], min(room, size)):
+                sides, numbers = ([], []), ([], [])             # to train on, to validate on
                 for number, story in enumerate(stories, sum(stories_in)):
+                    try:
+                        story, control = read_label(story)
+                        control = [LABELS[label](story)] if label else control
+                        n_control = len(control) if n_control is None else n_control
+                        if len(control) != n_control:
+                            raise ValueError(f"a label of {len(control)} numbers, of {n_control} in the first story")
+                    except ValueError as error:
+                        raise ValueError(f"{path}: story {number - before + 1}: {error}") from None
                     # One draw per story: the split depends on the seed and the story's number, on nothing else. The
                     # first two stories go one to each side, so that neither is ever empty.
                     drawn = rng.random() < val_fraction
-                    sides[drawn if number > 1 else number].append(story)
+                    side = drawn if number > 1 else number
+                    sides[side].append(story)
+                    numbers[side].append(control)
                 for side, file in enumerate(bins):
+                    label_files[side].write(np.array(numbers[side], "<f4").tobytes())
                     tokens = encode(tokenizer, sides[side], pool)
                     stories_in[side] += len(sides[side])
                     occurs[tokens] = True
@@ -470,9 +526,15 @@ def write_tokens(files, name, seen, inputs, val_fraction, seed, max_mb):
     counts = zip(("train_stories", "val_stories", "train_tokens", "val_tokens"), stories_in + tokens_in, strict=True)
     meta = {"tokenizer": name, "vocab_size": len(vocabulary) if seen else tokenizer.n_vocab, **dict(counts),
             "sources": sources, "val_fraction": val_fraction, "seed": seed}
-    if inputs == ["demo"]:                                      # an END costs no nats, but counts as a token
-        meta["entropy_nats_per_story"] = entropy()
-        meta["entropy_nats_per_token"] = entropy() * sum(stories_in) / sum(tokens_in)
+    if n_control:                                               # the controls' names
+        meta["controls"] = [label] if label else CONTROLS if labelled else [str(i + 1) for i in range(n_control)]
+        for split, file in zip(("train", "val"), label_files, strict=True):
+            file.seek(0)
+            meta[f"{split}_control_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    if inputs == ["demo"] and not label:                        # an END costs no nats, but counts as a token
+        known = frozenset((control, 1) for control in meta.get("controls", ()))     # for -1 it is the same
+        meta["entropy_nats_per_story"] = entropy(drawn=known)
+        meta["entropy_nats_per_token"] = entropy(drawn=known) * sum(stories_in) / sum(tokens_in)
     if vocabulary:
         meta["vocabulary"] = vocabulary                         # a long list, so at the end
     meta_file.write((json.dumps(meta, indent=1) + "\n").encode())
@@ -490,6 +552,7 @@ def read_meta(folder):
         kinds = None if vocabulary is None else (len(vocabulary), {*map(type, vocabulary)})
         nats = [value for name, value in meta.items() if name.startswith("entropy_")]
         if (type(size) is int and 1 <= size <= 1 << 16 and kinds in (None, (size - 257 * (kind is str), {kind}))
+                and {*map(type, meta.get("controls", [""]))} == {str}
                 and all(type(value) is float and math.isfinite(value) for value in nats)):
             return meta
     except FileNotFoundError:
@@ -513,6 +576,20 @@ def read_tokens(folder, split, meta):
     if len(tokens) != (count := meta.get(f"{split}_tokens", len(tokens) or 1)):
         raise ValueError(f"{path} holds {len(tokens):,} of {count:,} tokens: run prepare.py again")
     return tokens
+
+
+def read_labels(folder, split, meta, tokens):
+    """The labels of the stories of `split`, whose tokens these are; None where they have none. -> (stories, n_control)
+    float32, memory-mapped, and (stories,) where each one's END is. Raises ValueError if they do not fit `meta`."""
+    if not (n_control := len(meta.get("controls", ()))):
+        return None
+    path = Path(folder) / f"{split}.control.bin"
+    if not path.is_file():
+        raise ValueError(f"no {path}: run prepare.py again")
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != meta.get(f"{split}_control_sha256"):
+            raise ValueError(f"{path} is not the file that its meta.json describes: run prepare.py again")
+    return np.memmap(path, "<f4", "r").reshape(-1, n_control), np.flatnonzero(tokens == meta["vocab_size"] - 1)
 
 
 def rows_of(tokens, block_size, aligned=False):
@@ -542,6 +619,15 @@ def windows(tokens, rows, end=None):
     return x, y
 
 
+def control_windows(labels, rows):
+    """What the labels tell the controller at each input of `rows`, see windows: (B, T, n_control) float32; None: None.
+    An END is the first input of the story after it."""
+    if labels is None:
+        return None
+    (controls, ends), place = labels, rows[:, :1] + np.arange(rows[:, 1].max())
+    return controls[np.searchsorted(ends, place, "right").clip(max=len(controls) - 1)]
+
+
 # ---- The command line ------------------------------------------------------------------------------------------------
 def fail(error):
     """Says in one line on standard error what is wrong. Returns the exit status of bad input."""
@@ -556,9 +642,11 @@ def main():
     parser.error = lambda message: sys.exit(fail(message))
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT",
-        help=f"UTF-8 text files (stories separated by {END}), folders (every *.txt below), tinystories (downloads "
-             "TinyStoriesV2-GPT4, 2.2 GB, into the output folder) or demo (stories from a built-in grammar); default: "
-             "training_data if it holds any .txt, else tinystories, and demo where there is no network")
+        help=f"UTF-8 text files (stories separated by {END}; each may begin with a line '{CONTROL} 1 0.5', its label: "
+             "numbers for the controller to read, as many in every story), folders (every *.txt below), tinystories "
+             "(downloads TinyStoriesV2-GPT4, 2.2 GB, into the output folder) or demo (stories from a built-in "
+             "grammar); default: training_data if it holds any .txt, else tinystories, and demo where there is no "
+             "network")
     add("--out", type=Path, default=Path("data"), help="output folder (default: %(default)s)")
     add("--tokenizer", help="gpt2, bytes, or words: the demo stories', else bytes (default: gpt2, but words for demo)")
     add("--vocab", choices=("full", "seen"), default="full",
@@ -567,12 +655,19 @@ def main():
     add("--seed", type=int, default=42, help="of the split and of demo (default: %(default)s)")
     add("--max_mb", type=float,
         help=f"MB (10^6 bytes) of text to use, to the last whole story (default: all; for demo {DEMO_MB})")
+    add("--labels", action="store_true",
+        help="label the demo stories: they end with a hug (1) or with words (-1), begin long (1) or short (-1)")
+    add("--label", choices=LABELS,
+        help="label each story with what a function says of its text: dialogue, its share inside quotation marks, 0 to "
+             "1; or your own, see LABELS in prepare.py")
     args = parser.parse_args()
     try:
         if not 0 < args.val_fraction < 1:
             raise ValueError(f"--val_fraction is {args.val_fraction}, but must lie between 0 and 1")
         if args.max_mb is not None and not 0 < args.max_mb < math.inf:
             raise ValueError(f"--max_mb is {args.max_mb}, but must be above 0")
+        if args.labels and "demo" not in args.inputs:
+            raise ValueError("--labels is for demo: leave it out, or begin each story with a label line")
         asked = args.inputs or ["training_data"] * any(Path("training_data").rglob("*.txt"))
         inputs = asked or ["tinystories"]
         name = args.tokenizer or ("words" if inputs == ["demo"] else "gpt2")
@@ -594,19 +689,23 @@ def main():
             inputs, name = ["demo"], args.tokenizer or "words"
         seen, inputs = args.vocab == "seen" and name == "gpt2", find_files(inputs)
         args.out.mkdir(parents=True, exist_ok=True)
-        # meta.json comes last: it vouches for the other two.
-        with new_files([args.out / file for file in ("train.bin", "val.bin", "meta.json")]) as files:
-            meta = write_tokens(files, name, seen, inputs, args.val_fraction, args.seed, args.max_mb)
+        # meta.json comes last: it vouches for the others.
+        names = "train.bin", "val.bin", "train.control.bin", "val.control.bin", "meta.json"
+        with new_files([args.out / file for file in names]) as files:
+            meta = write_tokens(files, name, seen, inputs, args.val_fraction, args.seed, args.max_mb, args.labels,
+                                args.label)
     except (ValueError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
         fail("interrupted, nothing was changed")
         return 130
+    controls = meta.get("controls", ())
     print(f"{args.out}: {meta['train_stories']:,} stories ({meta['train_tokens']:,} tokens) to train on and "
           f"{meta['val_stories']:,} ({meta['val_tokens']:,}) to validate on; tokenizer {meta['tokenizer']}, "
-          f"{meta['vocab_size']:,} symbols")
+          f"{meta['vocab_size']:,} symbols" + (f"; controls: {', '.join(controls)}" if controls else ""))
     if "entropy_nats_per_token" in meta:
-        print(f"The best possible loss on these stories is {meta['entropy_nats_per_token']:.4f} nats per token.")
+        print(f"The best possible loss on these stories is {meta['entropy_nats_per_token']:.4f} nats per token"
+              + " to one who knows the labels" * bool(controls) + ".")
     return 0
 
 
