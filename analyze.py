@@ -475,16 +475,20 @@ def batch(model, tokens, rows):
 
 
 @torch.no_grad()
-def above_entropy(model, tokens, tokenizer, at_once=16):
+def above_entropy(model, tokens, tokenizer, labels=None, at_once=16):
     """What a model loses on whole demo stories, tokens (N,), above their entropy: nats per story, (len(SLOTS) + 1,),
-    for each slot and for the rest. Rows begin with a story; global salience sees the past alone."""
+    for each slot and for the rest. Rows begin with a story; global salience sees the past alone. With labels, see
+    prepare.read_labels, the model is told them."""
     salience, nats = "causal" if model.config.salience == "global" else None, []
     rows = rows_of(tokens, model.config.block_size, aligned=True)  # every token is a target once, in their order
     for i in range(0, len(rows), at_once):
         x, y = batch(model, tokens, rows[i : i + at_once])
-        loss = F.cross_entropy(model(x, salience=salience).mT.float(), y, ignore_index=-1, reduction="none")
+        control = prepare.control_windows(labels, rows[i : i + at_once])
+        control = control if control is None else torch.from_numpy(control).to(x.device)
+        logits = model(x, salience=salience, control=control)
+        loss = F.cross_entropy(logits.mT.float(), y, ignore_index=-1, reduction="none")
         nats.append(loss[y >= 0].cpu().numpy())
-    slots, least = prepare.label_slots(tokens, tokenizer)
+    slots, least = prepare.label_slots(tokens, tokenizer, labels)
     return np.bincount(slots, np.concatenate(nats) - least, len(SLOTS) + 1) / (tokens == tokenizer.eot_token).sum()
 
 
@@ -494,7 +498,8 @@ def memory(model, tokenizer, run, args, folder, stories=200):
         raise ValueError(f"{run['name']} was not trained on the demo stories, no others can be read back")
     val, end = read_validation(args.data, run), tokenizer.eot_token
     ends = np.flatnonzero(val == end)[:500]
-    above = above_entropy(model, val[: ends[-1] + 1], tokenizer)
+    labels = prepare.read_labels(args.data, "val", prepare.read_meta(args.data), val)
+    above = above_entropy(model, val[: ends[-1] + 1], tokenizer, labels)
     prompt = torch.full((stories, 1), end, device=model.embed.weight.device)  # a story begins where another one ended
     most = 2 * int(np.diff(ends, prepend=-1).max())  # tokens: no story of the grammar is as long
     texts = generate(model, prompt, most, temperature=0.5, top_k=0, top_p=1.0, seed=0, end_token=end)[:, 1:].tolist()

@@ -3,6 +3,7 @@ Write text with a trained model, and dose its modulators.
 
     python sample.py --prompt "Once upon a time"
     python sample.py --prompt "Once upon a time" --precision 0.5    # every layer attends more broadly
+    python sample.py --prompt "Once upon a time" --control 1,0      # told what the stories' labels told in training
     python sample.py --prompt "Once upon a time" --trace gain       # each token coloured by what the controller did
 """
 
@@ -69,9 +70,8 @@ class Decoder:
     KNOWN = set("""embed.weight position.weight norm.weight controller.query controller.in_proj.weight
         controller.in_proj.bias controller.out_proj.weight controller.out_proj.bias controller.norm.weight
         controller.layer1.weight controller.layer1.bias controller.layer2.weight controller.layer2.bias
-        controller.control.weight
         blocks.attn_norm.weight blocks.qkv.weight blocks.attn_out.weight blocks.ffn_norm.weight blocks.ffn_in.weight
-        blocks.ffn_in.bias blocks.ffn_out.weight blocks.ffn_out.bias""".split())
+        blocks.ffn_in.bias blocks.ffn_out.weight blocks.ffn_out.bias controller.control.weight""".split())
 
     @torch.no_grad()
     def __init__(self, model, batch, gpu=None):

@@ -910,6 +910,21 @@ def test_a_control_joins_the_controllers_input(salience):
     assert new.controller.control.weight.grad.abs().min() > 0
 
 
+@pytest.mark.parametrize("salience", ncn.SALIENCE)
+def test_a_control_is_learned(salience):
+    """The next token is what the control says and no text can tell: hardly any of the ln 2 nats are left."""
+    torch.manual_seed(0)
+    model, control = ModulatedLM(NCNConfig(**TINY, salience=salience, n_control=1)), torch.tensor([[1.0], [-1.0]] * 4)
+    targets = (5 + (control > 0)).long().expand(-1, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(40):
+        optimizer.zero_grad()
+        (loss := model(tokens(8, 16, seed=step, vocab_size=4), targets, control=control)).total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert loss.task < 0.1
+
+
 @pytest.mark.parametrize("n, shape, says", [
     (0, (2, 1), "takes no control"), (3, (2, 2), r"\(2, 2\), it must be \(2, 3\) or \(2, 9, 3\)"),
     (3, (1, 3), "it must be"), (3, (2, 8, 3), "it must be"), (3, (3,), "it must be")])
@@ -1306,6 +1321,30 @@ def test_label_slots(name):
         prepare.label_slots(ids[1:], tokenizer)
 
 
+def test_labelled_stories():
+    """The label decides the beginning and the ending; what is left has the entropy that is stated."""
+    rng, seen, nats_told = random.Random(1), set(), []
+    tokenizer = tokenizer_of({"tokenizer": "words"})
+    for _ in range(40):
+        text, (hug, long) = prepare.read_label(prepare.tell_labelled(rng))
+        label = dict(zip(prepare.CONTROLS, (hug, long), strict=True))
+        seen.add((hug, long))
+        assert (" hugged " in text) == (hug == 1) and text.startswith("Once upon a time, in a") == (long == 1)
+        assert ('"What a ' in text) == (hug == -1) and text.startswith("There once was a") == (long == -1)
+        nats = math.fsum(mention[4] for mention in prepare.read_back(text, label))
+        nats_told.append(nats)
+        unlabelled = math.fsum(mention[4] for mention in prepare.read_back(text))
+        assert nats == pytest.approx(unlabelled - math.log(20))         # 4 endings, 5 beginnings
+        assert -math.log(chance(text + END, drawn=label)) == pytest.approx(nats)
+        assert all(prepare.read_back(text, {**label, name: -label[name]}) is None for name in label)
+        ids = np.array(tokenizer.encode(text + END, allowed_special={END}))
+        assert prepare.label_slots(ids, tokenizer, (np.array([[hug, long]]), None))[1].sum() == pytest.approx(nats)
+    entropies = [prepare.entropy(drawn=frozenset(zip(prepare.CONTROLS, label, strict=True))) for label in seen]
+    assert seen == {*itertools.product((1, -1), repeat=2)}
+    assert entropies == pytest.approx([prepare.entropy() - math.log(20)] * 4)
+    assert abs(np.mean(nats_told) - entropies[0]) < 4 * np.std(nats_told) / 40 ** 0.5
+
+
 # ---- Tokenizers ------------------------------------------------------------------------------------------------------
 def offline(*_):
     raise OSError("no network in this test")
@@ -1505,6 +1544,42 @@ def test_prepare_max_mb(monkeypatch, tmp_path, limit, block):
         assert sum(source["bytes"] for source in meta["sources"]) == ends[expected[-1]]
 
 
+def test_prepare_labels(monkeypatch, tmp_path):
+    """A story's numbers stand beside its tokens, on its side; text without labels leaves no file of them."""
+    rng, source, out = random.Random(0), tmp_path / "a.txt", tmp_path / "o"
+    told = {f"story {i}: " + 'he said "hi" ' * (i % 3): [rng.uniform(-9, 9), i] for i in range(40)}
+    source.write_text(END.join(f"\n<|control|>  {a!r} {b}\r\n{text}" for text, (a, b) in told.items()), newline="")
+    monkeypatch.setattr(prepare, "BLOCK", 70)
+    assert prepare_here(monkeypatch, source, "--tokenizer=bytes", "--out", out, "--val_fraction=0.3") == 0
+    meta, *sides = load_prepared(out)
+    assert meta["controls"] == ["1", "2"] and sorted(sum(sides, [])) == sorted(text.strip() for text in told)
+    numbers = {text.strip(): control for text, control in told.items()}
+    for split, stories in zip(("train", "val"), sides, strict=True):
+        tokens = prepare.read_tokens(out, split, meta)
+        controls, ends = prepare.read_labels(out, split, meta, tokens)
+        assert tokenizer_of(meta).decode(tokens[:ends[1]].tolist()) == END.join(stories[:2])
+        assert controls.dtype == np.float32
+        np.testing.assert_allclose(controls, [numbers[story] for story in stories], rtol=1e-6)
+    assert prepare_here(monkeypatch, source, "--tokenizer=bytes", "--out", out, "--label", "dialogue") == 0
+    meta, stories, _ = load_prepared(out)
+    controls, _ = prepare.read_labels(out, "train", meta, tokens)
+    assert meta["controls"] == ["dialogue"]
+    np.testing.assert_allclose(controls, [[4 * story.count('"hi"') / len(story)] for story in stories], rtol=1e-6)
+    for path, damage in ((out / "train.control.bin", b"\0" * controls.nbytes), (out / "val.control.bin", None)):
+        path.write_bytes(damage) if damage else path.unlink()
+        with pytest.raises(ValueError, match=f"{path.name}.*run prepare.py again"):
+            prepare.read_labels(out, path.name.split(".")[0], meta, tokens)
+    assert prepare_here(monkeypatch, "demo", "--max_mb=0.01", "--out", out) == 0
+    meta = load_prepared(out)[0]
+    assert "controls" not in meta and prepare.read_labels(out, "train", meta, tokens) is None
+    assert sorted(files_in(out)) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_dialogue():
+    for story, share in (("No word.", 0), ('"Yes!"', 1), ('"Oh," he said. "No', 5 / 18), ("“Oh” “no”", 8 / 9)):
+        assert prepare.dialogue(story) == pytest.approx(share)
+
+
 def test_prepare_gpt2(monkeypatch, tmp_path):
     if not (SHARED / "tinystories").exists():
         pytest.skip("no shared TinyStories")
@@ -1565,8 +1640,17 @@ def test_rows_and_windows(seed):
     assert (prepare.windows(fractions, rows)[1][inside] == fractions).all()
 
 
+    controls, ends = rng.random((len(lengths), 2), np.float32), np.cumsum(lengths) - 1
+    story_of = np.repeat(np.arange(len(lengths)), lengths)  # of each target
+    for some in (rows, prepare.rows_of(tokens, T)):
+        told = prepare.control_windows((controls, ends), some) if len(some) else ()
+        for (start, n), its in zip(some, told, strict=True):
+            assert (its[:n] == controls[story_of[start + 1:start + n + 1]]).all() and its.dtype == np.float32
+
+
 @pytest.mark.parametrize("damage", [
-    "", "{", "[]", "5", dict(tokenizer="gpt5"), dict(tokenizer=["bytes"]), dict(tokenizer=None), dict(vocab_size="257"),
+    "", "{", "[]", "5", dict(controls=[]), dict(controls=[1]), dict(controls=2), dict(tokenizer="gpt5"),
+    dict(tokenizer=["bytes"]), dict(tokenizer=None), dict(vocab_size="257"),
     dict(vocab_size=0), dict(vocab_size=65537), dict(vocab_size=257.0), dict(vocab_size=True), dict(vocab_size=None),
     dict(entropy_nats_per_story=math.nan), dict(entropy_nats_per_token="1"), dict(vocabulary=[1]), dict(vocabulary=3),
     dict(tokenizer="words", vocab_size=259, vocabulary=["a"]), dict(tokenizer="words", vocab_size=258, vocabulary=[1]),
@@ -1625,7 +1709,12 @@ def test_prepare_unreadable(monkeypatch, tmp_path, capsys, seed):
     ("good.txt --tokenizer gpt5", "unknown tokenizer 'gpt5': use gpt2, words or bytes"),
     ("good.txt --vocab=seen", "--vocab seen is for --tokenizer gpt2"), ("good.txt --vocab=some", "--vocab"),
     ("demo --vocab=seen --tokenizer=words", "--vocab seen is for --tokenizer gpt2"),
-    ("good.txt --tokens bytes", "--tokens"), ("good.txt --val=0.1", "--val")])
+    ("good.txt --tokens bytes", "--tokens"), ("good.txt --val=0.1", "--val"),
+    ("good.txt --labels", "--labels is for demo"), ("good.txt --label mood", "--label"),
+    ("good.txt 1,2.txt", "1,2.txt: story 1: a label of 1 numbers, of 0 in the first story"),
+    ("1,.txt", "story 2: a label of 0 numbers, of 1 in the first story"), ("1,1_2.txt", "story 2: a label of 2"),
+    ("1,nan.txt", "story 2: '<|control|> nan' must be finite numbers"), ("1,x.txt", "story 2: '<|control|> x' must be"),
+    ("1,1e39.txt", "story 2: '<|control|> 1e39' must be"), ("1,alone.txt", "story 2: '<|control|> 1' must be")])
 def test_prepare_bad_input(tmp_path, args, says):
     """One clear line, status 2, and what lay in the output folder is as it was."""
     (tmp_path / "data").mkdir()
@@ -1635,6 +1724,10 @@ def test_prepare_bad_input(tmp_path, args, says):
     for name, data in ("good", f"a{END}b{END}c"), ("empty", ""), ("blank", f" \n{END}\r\n{END}"), ("one", "a story"):
         (tmp_path / f"{name}.txt").write_text(data)
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin1"))
+    if "," in args:                                        # two labelled stories, the second labelled as the name says
+        name = next(name for name in args.split() if "," in name)
+        label = {"": "", "alone": "<|control|> 1"}.get(name[2:-4], f"<|control|> {name[2:-4].replace('_', ' ')}\n")
+        (tmp_path / name).write_text(f"<|control|> 1\na{END}{label}" + "b" * ("alone" not in name))
     before = files_in(tmp_path / "data")
     run = prepare_there(*args.split(), *["--tokenizer=bytes"] * ("--tokenizer" not in args), cwd=tmp_path)
     assert run.returncode == 2 and run.stdout == ""
@@ -1857,10 +1950,11 @@ def test_training_writes_the_papers_log(trained, data):
     assert f"Data: {data} sha256={digest} tokenizer=bytes vocab_size=257" in log
 
 
-def test_demo_stories_are_told_apart_by_slot(tmp_path):
+@pytest.mark.parametrize("labels", [[], ["--labels"]])
+def test_demo_stories_are_told_apart_by_slot(tmp_path, labels):
     """A row per story: the log's nats above the entropy, by slot, are those computed here story by story."""
     folder, out = tmp_path / "data", tmp_path / "out"
-    run("prepare.py", "demo", "--max_mb", "0.05", "--out", folder, check=True)
+    run("prepare.py", "demo", "--max_mb", "0.05", "--out", folder, *labels, check=True)
     train_run(folder, out, "--max_steps", 4, "--block_size", 160, "--rows", "aligned", "--val_sequences", 1000)
     log = (out / "training.log").read_text()
     above = re.search(r"entropy: ([-\d.]+) nats per token, ([-\d.]+) per story \| (.*)", log)
@@ -1870,19 +1964,33 @@ def test_demo_stories_are_told_apart_by_slot(tmp_path):
     meta, model = prepare.read_meta(folder), ModulatedLM.load(out / "ckpt_latest.pt")
     tokenizer, val = tokenizer_of(meta), prepare.read_tokens(folder, "val", meta).astype(np.int64)
     stories = np.split(val, np.flatnonzero(val == meta["vocab_size"] - 1) + 1)[:-1]
-    total, entropy = 0.0, 0.0
-    for story in stories:
+    told, total, untold, entropy = prepare.read_labels(folder, "val", meta, val), 0.0, 0.0, 0.0
+    for i, story in enumerate(stories):
         y = torch.from_numpy(story)[None]
         x = torch.cat([y[:, -1:], y[:, :-1]], 1)
-        total += F.cross_entropy(model(x)[0], y[0], reduction="sum").item()
-        entropy += sum(nats for *_, nats in prepare.read_back(tokenizer.decode(story[:-1].tolist())))
+        control = torch.from_numpy(told[0][i : i + 1].copy()) if labels else None
+        label = zip(prepare.CONTROLS, told[0][i], strict=True) if labels else ()
+        total += F.cross_entropy(model(x, control=control)[0], y[0], reduction="sum").item()
+        untold += F.cross_entropy(model(x)[0], y[0], reduction="sum").item()
+        entropy += sum(nats for *_, nats in prepare.read_back(tokenizer.decode(story[:-1].tolist()), label))
+    assert log.count("n_control=2 (hug, long)") == len(labels) and model.config.n_control == 2 * len(labels)
+    for without, worth in re.findall(r"Without the control: ([\d.]+), so it is worth ([-\d.]+) nats", log):
+        assert float(without) == pytest.approx(untold / len(val), abs=1e-4)
+        assert float(worth) == pytest.approx((untold - total) / len(val), abs=1e-4)
+    assert log.count("Without the control") == len(labels)
+    above = analyze.above_entropy(model, val, tokenizer, told)
+    assert above.sum() == pytest.approx((total - entropy) / len(stories), rel=1e-4)
     assert float(per_story) == pytest.approx((total - entropy) / len(stories), rel=1e-3)
     assert float(VAL_LINE.findall(log)[-1][0]) == pytest.approx(total / len(val), abs=1e-3)
     assert float(per_token) == pytest.approx(total / len(val) - meta["entropy_nats_per_token"], abs=1e-3)
     # The checkpoint knows its tokenizer, and a word that no story holds comes back right.
-    prompt = "Once upon a time there was a quokka"
-    said = run("sample.py", "--ckpt", out / "ckpt_best.pt", "--prompt", prompt, "--max_new_tokens", 5, check=True)
-    assert said.stdout.startswith(prompt) and tokenizer.name == "words"
+    prompt, control = "Once upon a time there was a quokka", ["--control=-9,9"] * len(labels)
+    said = run("sample.py", "--ckpt", out / "ckpt_best.pt", "--prompt", prompt, "--max_new_tokens=5", "--seed=1",
+               *control, check=True)
+    ids = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]])
+    text = generate(ModulatedLM.load(out / "ckpt_best.pt"), ids, 5, seed=1, end_token=tokenizer.eot_token,
+                    control=torch.tensor([[-9.0, 9.0]]) if labels else None)[0, 1:].tolist()
+    assert said.stdout == tokenizer.decode(text).split(END)[0] + "\n" and tokenizer.name == "words"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -1941,6 +2049,52 @@ def test_two_processes_equal_one(trained, data, tmp_path):
     assert logs[0].count("Step: ") == logs[1].count("Step: ")  # one process writes
     losses = [[float(v[0]) for v in VAL_LINE.findall(log)] for log in logs]
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+def test_a_control_is_dropped_now_and_then():
+    """A row's as a whole, one in ten: a function of the seed and the micro-batch."""
+    told = [[training.drop_control(np.ones((4, 3, 2), np.float32), seed, micro) for micro in range(900)]
+            for seed in (1, 1, 2)]
+    assert all((c == c[:, :1, :1]).all() for c in sum(told, []))
+    first, again, other = (1 - np.array(c)[:, :, 0, 0] for c in told)
+    assert (first == again).all() and (first != other).any() and 0.08 < first.mean() < 0.12
+    assert training.drop_control(None, 1, 1) is None
+
+
+def test_labelled_stories_resume_and_share(tmp_path, monkeypatch):
+    """Killed and resumed, the run is the uninterrupted one bit for bit; two processes compute what one does."""
+    data, flags = tmp_path / "data", ("--max_steps", 6, "--log_interval", 1)
+    assert prepare_here(monkeypatch, "demo", "--labels", "--tokenizer=bytes", "--max_mb=0.05", "--out", data) == 0
+    one = train_run(data, tmp_path / "one", *flags)
+    process = subprocess.Popen(command("train.py", "--data", data, "--out", tmp_path / "killed", *SMALL, *flags),
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert any("Step: 5 " in line for line in process.stdout)
+    process.kill()
+    process.communicate()
+    run("train.py", "--data", data, "--out", tmp_path / "killed", "--resume", check=True)
+    assert same_weights(torch.load(tmp_path / "killed" / "ckpt_latest.pt", weights_only=True), one)
+    subprocess.run(torchrun("--data", data, "--out", tmp_path / "two", *flags), check=True, capture_output=True)
+    two = torch.load(tmp_path / "two" / "ckpt_latest.pt", weights_only=True)
+    for name in one["model"]:
+        torch.testing.assert_close(two["model"][name], one["model"][name], atol=2e-4, rtol=1e-3)
+    assert one["model"]["controller.control.weight"].abs().min() > 0
+
+
+def test_a_run_begins_with_the_weights_of_another(trained, data, tmp_path, capsys, monkeypatch):
+    """On other data of the vocabulary, with the log of a new run; a learning rate of 0 leaves the weights alone."""
+    other, labelled = tmp_path / "other", tmp_path / "labelled"
+    for folder, labels in ((other, ()), (labelled, ("--labels",))):
+        assert prepare_here(monkeypatch, "demo", "--tokenizer=bytes", "--max_mb=0.03", "--out", folder, *labels) == 0
+    flags, first = ("--init", trained[0] / "ckpt_latest.pt", "--max_steps"), trained[1]
+    same = train_run(other, tmp_path / "same", *flags, 1, "--lr", 0)
+    assert same_weights(same, first) and same["step"] == 1 and same["data"] != first["data"]
+    for folder, more, says in ((data, ["--n_embd=64"], "n_embd"), (labelled, [], "n_control"), (data, ["--resume"], 0)):
+        said = refusal(training, capsys, monkeypatch, "--data", folder, "--out", tmp_path / "no", *SMALL, *more,
+                       *flags[:2])
+        assert f"the same {says} is needed" in said if says else "not allowed with" in said
+    flags = "--data", labelled, "--out", tmp_path / "no", *SMALL, "--signals=none"
+    said = refusal(training, capsys, monkeypatch, *flags)
+    assert "n_control is 2, but a model without signals has no controller" in said and not (tmp_path / "no").exists()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the process in /proc")
@@ -2424,20 +2578,21 @@ def test_controls_in_generation_are_the_full_passes(salience, gpu, monkeypatch):
     """A control for the text, one for each token, and one fed back from the prediction, over refills of the window."""
     monkeypatch.setattr(sampling, "Decoder", functools.partial(sampling.Decoder, gpu=gpu))
     model, texts = lively(salience=salience, n_control=2), []
+    model.controller.control.weight.data *= 9  # so that they matter
     for prompt in (tokens(2, 5), tokens(1, 3).expand(2, -1)):
         T = prompt.size(1)
-        for control in (controls(2, 2), controls(1, 2).expand(2, -1), controls(2, T + 40, 2), surprise):
+        for control in (controls(2, 2), controls(1, 2).expand(2, -1), controls(2, T + 24, 2), surprise):
             text, its = prompt, torch.zeros(2, T, 2)
             if control is not surprise:
-                its = control if control.dim() == 3 else control[:, None].expand(-1, T + 40, -1)
-            for n in range(T, T + 40):
+                its = control if control.dim() == 3 else control[:, None].expand(-1, T + 24, -1)
+            for n in range(T, T + 24):
                 at = window_start(n, 16)
                 logits = model(text[:, at:], control=its[:, at:n])[:, -1].detach()
                 text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
                 its = torch.cat([its, surprise(logits)[:, None]], 1) if control is surprise else its
-            assert torch.equal(generate(model, prompt, 40, temperature=0, control=control), text)
+            assert torch.equal(generate(model, prompt, 24, temperature=0, control=control), text)
             texts.append(tuple(text.flatten().tolist()))
-    assert len(set(texts)) == 8  # they matter
+    assert len(set(texts)) == 8
     for bad in (lambda logits: logits, torch.full((1, 2), math.nan)):
         with pytest.raises(ValueError, match="must be|not finite"):
             generate(model, tokens(1, 3), 3, control=bad)
@@ -2672,6 +2827,16 @@ def test_sampling_traces_a_signal(trained):
             assert abs(sampling.RAMP.index(int(colour)) + 0.5 - level) < 0.6
 
 
+def test_a_trace_shows_what_the_control_does():
+    """The signals read again, over refills of the window, are those with which the text was written."""
+    model, read = lively(n_control=2), []
+    for control in (controls(1, 2), None):
+        text = generate(model, tokens(1, 5), 40, seed=1, control=control, edit=lambda s: read.append(s[0, -1]) or s)
+        again = sampling.read_again(model, text[:, :-1], "causal", control)
+        torch.testing.assert_close(again[4:], torch.stack(read[-40:]), atol=1e-5, rtol=1e-5)
+    assert (read[0] - read[40]).abs().max() > 1e-3
+
+
 def test_sampling_refuses(trained, tmp_path, capsys, monkeypatch):
     ckpt = trained[0] / "ckpt_best.pt"
 
@@ -2686,6 +2851,12 @@ def test_sampling_refuses(trained, tmp_path, capsys, monkeypatch):
     assert "max_new_tokens (-1)" in refuse("--max_new_tokens", -1)
     assert "layers 0 to" in refuse("--trace", "gain", "--layer", 9) and "layers 0 to" in refuse("--layer", -1)
     assert "unrecognized" in refuse("--dose", 1)
+    assert "--control has 2 numbers" in refuse("--control", "1,0") and "takes 0" in refuse("--control=-1")
+    assert "invalid numbers value: '1,x'" in refuse("--control", "1,x")
+    lively(n_control=2, vocab_size=257).save(tmp_path / "two.pt", data=BYTES | {"controls": ["hug", "long"]})
+    assert "has 3 numbers" in (said := refuse("--ckpt", tmp_path / "two.pt", "--control", "1,0,1"))
+    assert "takes 2: hug, long" in said
+    assert "not finite" in refuse("--ckpt", tmp_path / "two.pt", "--control", "nan,0")
     assert "no checkpoint" in refuse("--ckpt", tmp_path / "none.pt")
     (tmp_path / "short.pt").write_bytes(ckpt.read_bytes()[:3000])
     assert "damaged" in refuse("--ckpt", tmp_path / "short.pt")

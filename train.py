@@ -4,6 +4,7 @@ Train an NCN on the tokens that prepare.py left in data/: on a CPU, a GPU, or se
     python train.py                                  # the preset that fits this machine
     python train.py --signals none --out out/static  # the same Transformer without a controller, to compare with
     python train.py --resume                         # go on after Ctrl-C, a crash or a power cut
+    python train.py --data b --init out/ckpt_best.pt --out out/b    # go on from these weights, on other data
     torchrun --nproc_per_node=2 train.py             # two processes share each step's micro-batches
 
 Every random draw is a function of the seed and the micro-batch's number: the order of the data, the dropout. So the
@@ -33,16 +34,17 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import kernels
+import prepare
 from kernels import DEVICE_HELP, DEVICES, pick_device
 from ncn import ModulatedLM, NCNConfig, load_file
-from prepare import SLOTS, fail, label_slots, read_meta, read_tokens, rows_of, tokenizer_of, windows
+from prepare import SLOTS, control_windows, fail, label_slots, read_labels, read_meta, read_tokens, rows_of, windows
 from sample import generate
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. Each is a flag of the same name.
 
 MODEL = asdict(NCNConfig(vocab_size=1)) | {"signals": "gain,precision,gate"}  # the paper's sizes are the defaults
-del MODEL["vocab_size"]  # the data's
+del MODEL["vocab_size"], MODEL["n_control"]  # the data's
 PAPER = MODEL | dict(
     start="neutral", rows="contiguous", batch_size=16, grad_accum=4, max_steps=0, lr=6e-4, warmup_steps=100, beta1=0.9,
     beta2=0.999, weight_decay=0.1, grad_clip=1.0, eval_interval=500, val_sequences=3200, log_interval=20, seed=42)
@@ -88,7 +90,11 @@ def arguments():
     add("--preset", choices=("auto", "paper", "laptop"), default="auto", help="auto: paper with a GPU, laptop without")
     add("--data", default="data", help="folder that prepare.py wrote (default: data)")
     add("--out", default="out", help="folder for training.log and checkpoints (default: out)")
-    add("--resume", action="store_true", help="go on from OUT/ckpt_latest.pt with its settings")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true", help="go on from OUT/ckpt_latest.pt with its settings")
+    begin.add_argument("--init", metavar="FILE",
+                       help="begin with this checkpoint's weights, on any data of its vocabulary, as a new run. With "
+                            "--lr 0 --max_steps 1 it is only validated")
     add("--device", choices=DEVICES, default="auto", help=DEVICE_HELP)
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="of the matrix products; auto: bf16 where it is fast, else fp16 on a GPU, fp32 on a CPU")
@@ -129,9 +135,10 @@ def resolve_settings(args, cuda, ckpt=None):
     return s, notes
 
 
-def model_config(s, vocab_size):
+def model_config(s, vocab_size, n_control=0):
     signals = () if s["signals"] == "none" else tuple(filter(None, s["signals"].split(",")))
-    return NCNConfig(**{name: s[name] for name in MODEL} | dict(vocab_size=vocab_size, signals=signals))
+    sizes = {name: s[name] for name in MODEL} | dict(vocab_size=vocab_size, n_control=n_control)
+    return NCNConfig(**sizes | dict(signals=signals))
 
 
 # ---- Device and precision --------------------------------------------------------------------------------------------
@@ -202,6 +209,13 @@ def shuffled(seed, epoch, count):
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
+def drop_control(control, seed, micro):
+    """Sets the control (B, T, n_control) of a row in ten to 0, so that the model learns to work without; None: None."""
+    if control is not None:
+        control[np.random.default_rng((seed, micro, 1)).random(len(control)) < 0.1] = 0
+    return control
+
+
 def train(args):
     # torchrun sets these; alone we are rank 0 of 1.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -222,8 +236,9 @@ def train(args):
                          "way")
     tokenizer, end, T, B = None, meta["vocab_size"] - 1, s["block_size"], s["batch_size"]
     with contextlib.suppress(ConnectionError):  # no GPT-2 vocabulary: no sample lines on a terminal
-        tokenizer = tokenizer_of(meta)
+        tokenizer = prepare.tokenizer_of(meta)
     tokens, val_tokens = (read_tokens(args.data, split, meta) for split in ("train", "val"))
+    labels, val_labels = (read_labels(args.data, *its) for its in (("train", meta, tokens), ("val", meta, val_tokens)))
     rows, val_rows = (rows_of(t, T, s["rows"] == "aligned") for t in (tokens, val_tokens))
     per_epoch = len(rows) // B  # micro-batches
     if not per_epoch or not len(val_rows):
@@ -234,24 +249,33 @@ def train(args):
     # The same validation rows for every run: their choice has a seed of its own.
     val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))[: s["val_sequences"]]]
     is_demo = "entropy_nats_per_story" in meta
-    slots, floor = label_slots(val_tokens, tokenizer) if is_demo else (None, None)
+    slots, floor = label_slots(val_tokens, tokenizer, val_labels) if is_demo else (None, None)
 
-    def fetch(tokens, rows):
-        """-> inputs and targets (B, T) int64 on the device; -1 where a row is padded."""
-        x, y = (torch.from_numpy(a) for a in windows(tokens, rows, end))
+    def fetch(tokens, rows, control):
+        """-> inputs and targets (B, T) int64, -1 where a row is padded, and control or None, on the device."""
+        x, y, *control = (torch.from_numpy(a) for a in (*windows(tokens, rows, end), control) if a is not None)
         if device.type == "cuda":
-            return [a.pin_memory().to(device, non_blocking=True) for a in (x, y)]
-        return x.to(device), y.to(device)
+            x, y, *control = (a.pin_memory() for a in (x, y, *control))
+        x, y, *control = (a.to(device, non_blocking=True) for a in (x, y, *control))
+        return x, y, control[0] if control else None
 
     def batch(micro):
         epoch, place = divmod(micro, per_epoch)
-        return fetch(tokens, rows[shuffled(s["seed"], epoch, len(rows))[place * B : (place + 1) * B]])
+        mine = rows[shuffled(s["seed"], epoch, len(rows))[place * B : (place + 1) * B]]
+        return fetch(tokens, mine, drop_control(control_windows(labels, mine), s["seed"], micro))
 
     # Model, precision, optimizer
-    config = model_config(s, meta["vocab_size"])
+    config = model_config(s, meta["vocab_size"], len(meta.get("controls", ())))
     torch.manual_seed(s["seed"])
     model = ModulatedLM.from_checkpoint(ckpt, latest) if ckpt else ModulatedLM(config)
-    if model.controller and s["start"] == "zero" and not ckpt:
+    if args.init:
+        first = load_file(args.init)
+        model = ModulatedLM.from_checkpoint(first, args.init)
+        old, new = ({**asdict(c), **{name: its.get(name) for name in ("tokenizer", "vocabulary")}}
+                    for c, its in ((model.config, first.get("data", {"tokenizer": "gpt2"})), (config, meta)))
+        if differ := [name for name in new if old[name] != new[name]]:
+            raise ValueError(f"--init {args.init} is another model: the same {differ[0]} is needed")
+    elif model.controller and s["start"] == "zero" and not ckpt:
         torch.nn.init.zeros_(model.controller.layer2.bias)
     model.to(device).train()
     if args.dtype != "auto":
@@ -314,24 +338,28 @@ def train(args):
 
     @torch.no_grad()
     def validate():
-        """Mean task loss per target, each row counted once whatever the number of processes; and for demo stories the
-        nats per story above their entropy, by slot (SLOTS and the rest), else None."""
+        """Mean task loss per target, each row counted once whatever the number of processes; the same without the
+        control; and for demo stories the nats per story above their entropy, by slot (SLOTS and the rest), else None.
+        """
         model.eval()
-        sums = torch.zeros(3 + len(SLOTS) + 1, dtype=torch.float64)  # nats, targets, stories, nats above by slot
+        # nats, those without the control, targets, stories, nats above by slot
+        sums = torch.zeros(4 + len(SLOTS) + 1, dtype=torch.float64)
         mine = val_rows[rank::world]
         for i in range(0, len(mine), B):
-            x, y = fetch(val_tokens, mine[i : i + B])
+            x, y, control = fetch(val_tokens, mine[i : i + B], control_windows(val_labels, mine[i : i + B]))
             n = (y >= 0).sum()
             with autocast():
-                total = model(x, y).task * n
+                total = model(x, y, control=control).task * n
+                untold = total if control is None else model(x, y).task * n
                 if is_demo:
-                    nats = F.cross_entropy(model(x).float().transpose(1, 2), y, ignore_index=-1, reduction="none").cpu()
+                    logits = model(x, control=control).float()
+                    nats = F.cross_entropy(logits.transpose(1, 2), y, ignore_index=-1, reduction="none").cpu()
                     which, least = (torch.from_numpy(windows(a, mine[i : i + B], end)[1]) for a in (slots, floor))
-                    sums[3:].index_add_(0, which[which >= 0].long(), (nats - least)[which >= 0].double())
-            sums[:3] += torch.stack([total, n, (y == end).sum()]).cpu()  # float64 is the CPU's, mps has none
+                    sums[4:].index_add_(0, which[which >= 0].long(), (nats - least)[which >= 0].double())
+            sums[:4] += torch.stack([total, untold, n, (y == end).sum()]).cpu()  # float64 is the CPU's, mps has none
         model.train()
-        nats, targets, stories, *above = all_reduce_sum(sums).tolist()
-        return nats / targets, [a / max(stories, 1) for a in above] if is_demo else None
+        nats, untold, targets, stories, *above = all_reduce_sum(sums).tolist()
+        return nats / targets, untold / targets, [a / max(stories, 1) for a in above] if is_demo else None
 
     received = []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first asks for an orderly stop, a second one stops at once
@@ -359,7 +387,8 @@ def train(args):
     if rank == 0:
         with open(os.path.join(args.data, "train.bin"), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-        log(f"Data: {args.data} sha256={digest} tokenizer={meta['tokenizer']} vocab_size={meta['vocab_size']}")
+        log(f"Data: {args.data} sha256={digest} tokenizer={meta['tokenizer']} vocab_size={meta['vocab_size']}"
+            + (f" n_control={config.n_control} ({', '.join(meta['controls'])})" if config.n_control else ""))
     log(f"{dtype}: {why}")
     log(f"{s['max_steps']:,} steps of {micro_tokens * s['grad_accum']:,.0f} tokens, from {args.data}: {len(tokens):,} "
         f"tokens ({meta['tokenizer']}) to train on, {len(val_rows)} rows to validate on")
@@ -384,13 +413,13 @@ def train(args):
         for j in range(micro_steps):
             stop_if_asked()
             micro = step * s["grad_accum"] + j * world + rank
-            x, y = ahead.result()
+            x, y, control = ahead.result()
             ahead = loader.submit(batch, micro + world)
             torch.manual_seed(int(np.random.SeedSequence((s["seed"], micro)).generate_state(1)[0]))  # for the dropout
             meet = world == 1 or j == micro_steps - 1  # the processes' gradients are averaged once per step
             with contextlib.nullcontext() if meet else wrapped_model.no_sync():
                 with autocast():
-                    loss = wrapped_model(x, y)
+                    loss = wrapped_model(x, y, control=control)
                 scaler.scale(loss.total / micro_steps).backward()
             sums += torch.stack([loss.task, loss.homeostatic]).detach()
             counted += 1
@@ -416,8 +445,10 @@ def train(args):
             sums.zero_()
             counted, clock = 0, now
         if evaluate:
-            result, above = validate()
+            result, untold, above = validate()
             log(f"Validation Result: Loss: {result:.4f} | Perplexity: {math.exp(min(result, 700)):.4f}{future}")
+            if config.n_control:
+                log(f"Without the control: {untold:.4f}, so it is worth {untold - result:.4f} nats per token")
             if above:
                 per_token = result - meta["entropy_nats_per_token"]
                 log(f"Above the stories' entropy: {per_token:.4f} nats per token, {sum(above):.2f} per story | "
