@@ -2574,9 +2574,11 @@ def surprise(logits):
 
 @pytest.mark.parametrize("salience", ["causal", "reactive", "constant"])
 @pytest.mark.parametrize("gpu", [False, True])
-def test_controls_in_generation_are_the_full_passes(salience, gpu, monkeypatch):
-    """A control for the text, one for each token, and one fed back from the prediction, over refills of the window."""
-    monkeypatch.setattr(sampling, "Decoder", functools.partial(sampling.Decoder, gpu=gpu))
+def test_controls_in_generation_are_the_full_passes(salience, gpu, request):
+    """A control for the text, one for each token, and one fed back from the prediction, over refills of the window; and
+    in a captured step."""
+    if gpu:
+        request.getfixturevalue("as_on_a_gpu")
     model, texts = lively(salience=salience, n_control=2), []
     model.controller.control.weight.data *= 9  # so that they matter
     for prompt in (tokens(2, 5), tokens(1, 3).expand(2, -1)):

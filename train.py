@@ -256,7 +256,7 @@ def train(args):
         x, y, *control = (torch.from_numpy(a) for a in (*windows(tokens, rows, end), control) if a is not None)
         if device.type == "cuda":
             x, y, *control = (a.pin_memory() for a in (x, y, *control))
-        x, y, *control = (a.to(device, non_blocking=True) for a in (x, y, *control))
+        x, y, *control = (a.to(device, non_blocking=device.type == "cuda") for a in (x, y, *control))
         return x, y, control[0] if control else None
 
     def batch(micro):
