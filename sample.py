@@ -157,7 +157,7 @@ class Decoder:
                 value = salience_step(score[:, 0], pool[:, 0, :, :-1], self.state)  # (B, h, e)
             u = self.linear(value.reshape(B * T, d).to(x.dtype), self.out_proj) + flat  # Eq. 1, 2
         if control is not None:
-            u = u + F.linear(control.to(self.dtype), k.control.weight.to(self.dtype)).view(B * T, d)
+            u = u + F.linear(control.to(x.dtype), k.control.weight.to(x.dtype)).view(B * T, d)
         z = F.linear(torch.tanh(F.linear(self.normalize(u), *self.layer1)), *self.layer2)  # Eq. 3
         signals = actuate(z.view(B, T, k.n_layer, 3))  # Eq. 4 to 7
         return signals if k.all_active else torch.where(k.active, signals, 1.0)
@@ -274,10 +274,7 @@ def _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salienc
     text = torch.cat([ids, ids.new_empty(B, max_new_tokens)], dim=1)
     # On the device, where a captured step finds them: the last token, none yet, and the window's uniform numbers.
     last_token, chance = torch.full_like(ids[:, :1], -1), uniform.new_zeros(size + 1, B)
-    # The same for controls (B, T + max_new_tokens, n_control), if any: the last token's, and the window's.
-    last_control, told = None, None
-    if controls is not None:
-        last_control, told = controls[:, prompt - 1 : prompt].clone(), controls.new_zeros(B, size + 1, controls.size(2))
+    last_control = None if controls is None else controls[:, prompt - 1 : prompt].clone()
     shared_prompt = all(bool((x[:, :prompt] == x[:1, :prompt]).all()) for x in (ids, controls) if x is not None)
     decoder, start, graph, warm_ups = Decoder(model, B), -1, None, 2
 
@@ -290,9 +287,8 @@ def _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salienc
             last_token.copy_(token)
         else:
             torch.where(last_token == end_token, last_token, token, out=last_token)
-        if controls is not None:
-            its = feed_back(logits) if feed_back else told.index_select(1, decoder.position)
-            last_control.copy_(model.check_control(its, B, 1))
+        if feed_back:
+            last_control.copy_(model.check_control(feed_back(logits), B, 1))
 
     def captured_step():
         """The same on a GPU: recorded once, then replayed, since all that it reads and writes stays where it is."""
@@ -312,9 +308,6 @@ def _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salienc
             decoder.rewind()
             numbers = uniform[n - prompt : start + size + 1 - prompt]
             chance[n - start : n - start + len(numbers)] = numbers
-            if controls is not None:
-                its = controls[:, start : start + size + 1]
-                told[:, : its.size(1)] = its
             rows = 1 if shared_prompt and n == prompt else B  # samples of one prompt share its pass
             step(*(x if x is None else x[:rows, start:n] for x in (text, controls)))
         elif not decoder.gpu or warm_ups:  # on a GPU two steps as they are: kernels and libraries load
@@ -323,8 +316,10 @@ def _stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, salienc
         else:
             captured_step()
         text[:, n] = last_token[:, 0]
-        if controls is not None:
+        if feed_back:
             controls[:, n] = last_control[:, 0]
+        elif controls is not None:
+            last_control.copy_(controls[:, n : n + 1])
         yield text[:, n]
         # Looking at a GPU's result makes the host wait, so there only now and then.
         if end_token is not None and (not decoder.gpu or n % 16 == 0) and (last_token == end_token).all():

@@ -2416,6 +2416,11 @@ def test_models_in_half_precision_generate(dtype, gpu):
         assert generate(model, ids[:, :3], 20, seed=1).shape == (2, 23)
 
 
+def surprise(logits):
+    """An internal metric: the entropy of a prediction and its largest logit. (B, V) -> (B, 2)."""
+    return torch.stack([torch.special.entr(logits.softmax(-1)).sum(-1), logits.amax(-1)], 1)
+
+
 class Tape(TorchDispatchMode):
     """A CUDA graph on the CPU. What is called in capture leaves a list behind and no other trace; replay calls it again
     on the same tensors, having poisoned all that is made on the way: nothing may be left over from another time."""
@@ -2502,7 +2507,8 @@ def launcher(run):
 @pytest.mark.parametrize("config, how", [
     ({}, {}), ({}, dict(temperature=0)), ({}, dict(top_k=0, top_p=0.7)), ({}, dict(top_p=0.5)), ({}, dict(ends=20)),
     ({}, dict(edit=lambda signals: 2 * signals)), (dict(block_size=3), dict(ends=45)), (dict(salience="reactive"), {}),
-    (dict(salience="constant"), {}), (dict(signals=("precision",)), {}), (dict(signals=()), dict(ends=30))])
+    (dict(salience="constant"), {}), (dict(signals=("precision",)), {}), (dict(signals=()), dict(ends=30)),
+    (dict(n_control=2), dict(control=surprise)), (dict(n_control=2), dict(control=controls(3, 55, 2)))])
 def test_a_captured_step_replays(config, how, as_on_a_gpu, monkeypatch):
     """A GPU's branch, over refills of the window, makes the CPU's tokens: from a tape, on poisoned memory."""
     model, replays, replay = lively(**{"vocab_size": 660, **config}), [], Tape.replay
@@ -2512,6 +2518,7 @@ def test_a_captured_step_replays(config, how, as_on_a_gpu, monkeypatch):
     on_a_gpu, on_a_cpu = sampling.Decoder, sampling.Decoder.func
     for ids in (tokens(3, 5), tokens(1, 5).expand(2, -1)):
         monkeypatch.setattr(sampling, "Decoder", on_a_cpu)
+        how |= {"control": how["control"][: len(ids)]} if torch.is_tensor(how.get("control")) else {}
         end = {"end_token": int(generate(model, ids, 50, **how)[0, ends])} if ends else {}
         want = generate(model, ids, 50, **how, **end)
         monkeypatch.setattr(sampling, "Decoder", on_a_gpu)
@@ -2567,18 +2574,9 @@ def test_decoder_refuses_what_it_does_not_know():
         generate(model, tokens(1, 3), 2)
 
 
-def surprise(logits):
-    """An internal metric: the entropy of a prediction and its largest logit. (B, V) -> (B, 2)."""
-    return torch.stack([torch.special.entr(logits.softmax(-1)).sum(-1), logits.amax(-1)], 1)
-
-
 @pytest.mark.parametrize("salience", ["causal", "reactive", "constant"])
-@pytest.mark.parametrize("gpu", [False, True])
-def test_controls_in_generation_are_the_full_passes(salience, gpu, request):
-    """A control for the text, one for each token, and one fed back from the prediction, over refills of the window; and
-    in a captured step."""
-    if gpu:
-        request.getfixturevalue("as_on_a_gpu")
+def test_controls_in_generation_are_the_full_passes(salience):
+    """A control for the text, one for each token, and one fed back from the prediction, over refills of the window."""
     model, texts = lively(salience=salience, n_control=2), []
     model.controller.control.weight.data *= 9  # so that they matter
     for prompt in (tokens(2, 5), tokens(1, 3).expand(2, -1)):
