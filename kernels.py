@@ -225,7 +225,7 @@ def _chunks(h, weight, targets, dtype, want_h, want_w):
             dh.append(p @ weight)
         if want_w and h.dtype == torch.float32:
             dw.addmm_(p.t(), x)
-        elif want_w and tiles and not compiling:  # compiled, torch 2.13 still fails on it (pytorch #163880)
+        elif want_w and tiles and not compiling:  # torch.compile fails on it (pytorch #163880)
             torch.addmm(dw, p.t(), x, out_dtype=torch.float32, out=dw)
         elif want_w:  # a chunk's product is rounded to half precision, the sum over chunks is not
             width = V if compiling else 4096  # of what is added at a time: it stays in a CPU's cache

@@ -679,7 +679,7 @@ def test_kernel_head_in_whole_tiles(dtype, monkeypatch, poison):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 def test_kernel_under_torch_compile(dtype, bound, monkeypatch):
     """Compiled values and gradients are the eager ones, here and in torch 2.11, which lost those below every norm."""
     def model(x, w, z, head, targets, cache, position):
@@ -693,7 +693,9 @@ def test_kernel_under_torch_compile(dtype, bound, monkeypatch):
     monkeypatch.setattr(kernels, "LOGIT_BYTES", 3 * 30 * dtype.itemsize)  # three chunks
     inputs = [torch.randn(s, requires_grad=True) for s in ((2, 4, 16), (16,), (2, 4, 2, 3), (30, 16))]
     rest = torch.arange(-1, 7).view(2, 4), torch.zeros(2, 1, 6, 16), torch.tensor([3])
-    out, compiled = model(*inputs, *rest), torch.compile(model, fullgraph=True)(*inputs, *rest)
+    out = model(*inputs, *rest)
+    monkeypatch.setattr(kernels, "_tensor_cores", lambda h: dtype == torch.bfloat16)  # with padding, and without
+    compiled = torch.compile(model, fullgraph=True)(*inputs, *rest)
     for want, got in ((out, compiled), *zip(torch.autograd.grad(out, inputs), torch.autograd.grad(compiled, inputs),
                                             strict=True)):
         assert (got - want).norm() <= bound * want.norm()
@@ -768,12 +770,6 @@ def test_kernel_launches_of_a_micro_batch(device, monkeypatch):
     both = {"rms_norm_{}<float>": 14, "modulate_{}<f16, float>": 12, "actuate_{}<f16>": 1}
     assert launched == {"softmax_loss<f16>": 13, **{name.format(way): n for name, n in both.items()
                                                     for way in ("forward", "backward")}}
-
-
-def test_kernel_chunks_of_the_papers_head(monkeypatch):
-    monkeypatch.setattr(kernels, "_tensor_cores", lambda h: True)
-    h, weight = (torch.empty(n, 512, dtype=torch.float16, device="meta") for n in (8192, 50304))
-    assert kernels.rows_per_chunk(h, weight) == 640  # 64 MiB would be 667
 
 
 # ---- On a GPU alone --------------------------------------------------------------------------------------------------
