@@ -232,7 +232,9 @@ def _chunks(h, weight, targets, dtype, want_h, want_w):
             for part, columns in zip(dw.split(width), p.split(width, 1), strict=True):
                 part.add_(columns.t() @ x)
     n = (targets >= 0).sum().clamp(min=1)
-    return torch.stack(losses).sum() / n, n, torch.cat(dh) if want_h else None, dw[:V] if want_w else None
+    if want_w and tiles:  # where it must be alone: autograd copies a gradient that is a view
+        dw = dw[:V]
+    return torch.stack(losses).sum() / n, n, torch.cat(dh) if want_h else None, dw
 
 
 def _softmax_loss(logits, targets, gradient):
