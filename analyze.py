@@ -38,8 +38,12 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
+
+if __name__ == "__main__":  # while torch loads, Ctrl-C just ends the script
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,9 +53,9 @@ from tqdm import tqdm
 
 import prepare
 from kernels import DEVICE_HELP, DEVICES, pick_device
-from ncn import SIGNALS, ModulatedLM, load_file, write_file
-from prepare import SLOTS, fail, rows_of
-from sample import generate
+from ncn import SIGNALS, write_file
+from prepare import SLOTS, command, fail, rows_of
+from sample import generate, load_model
 
 plt.switch_backend("Agg")  # no display needed
 # Okabe and Ito's colours stay apart for every kind of colour vision.
@@ -88,10 +92,10 @@ def title(run):
 # ---- Logs ------------------------------------------------------------------------------------------------------------
 NUMBER = r"([-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|nan|inf))"
 LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[,.](\d{3}) \[INFO\] (.*)")
-STEP = re.compile(rf"Step: (\d+) \|.*?\| Loss: {NUMBER} \|(?:.*?Tok/s: {NUMBER})?", re.I)
+STEP = re.compile(rf"Step: (\d{{1,15}}) \|.*?\| Loss: {NUMBER} \|(?:.*?Tok/s: {NUMBER})?", re.I)
 VALIDATION = re.compile(rf"Validation Result: Loss: {NUMBER}(?: \||$)", re.I)
-ABOVE = re.compile(r"Above the stories' entropy: .*? (\S+) per story \| (.+)")
-STOPPED = re.compile(r"Stopped: loss .* at step (\d+)")  # train.py's last words when a loss is not finite
+ABOVE = re.compile(rf"Above the stories' entropy: .*? {NUMBER} per story \| (.+)")
+STOPPED = re.compile(r"Stopped: .* at step (\d{1,15})")  # train.py's last words when a loss is not finite
 HEAD = re.compile(r"(?:[\d,]+ )?(Preset|parameters|Settings|Data|fp32|bf16|fp16|steps)\b.+")  # what a run is, by key
 SHOWN = "signals salience n_layer n_head n_embd block_size batch_size grad_accum lr seed".split()  # in titles
 
@@ -114,8 +118,7 @@ def read_log(path):
             elif logged and (m := VALIDATION.match(text)):
                 logged[-1][4] = float(m[1])
             elif logged and (m := ABOVE.match(text)):
-                slots, nats = m[2].split()[::2], map(float, m[2].split()[1::2])
-                logged[-1][5] = float(m[1]), dict(zip(slots, nats, strict=True))
+                logged[-1][5] = float(m[1]), {slot: float(x) for slot, x in re.findall(rf"(\w+) {NUMBER}", m[2])}
             elif m := HEAD.match(text):
                 head[m[1]] = text
     if not logged:
@@ -133,8 +136,8 @@ def read_log(path):
     step, loss, speed, time = map(np.array, list(zip(*rows, strict=True))[:4])
     # Tokens per step: as the log says, else the usual speed x time per step.
     guess = speed[1:] * np.diff(time.astype("datetime64[ms]")).astype(float) / 1000 / np.diff(step)
-    stated, guess = re.search(r"steps of ([\d,]+) tokens", head.get("steps", "")), guess[np.isfinite(guess)]
-    tokens = int(stated[1].replace(",", "")) if stated else np.median(guess) if len(guess) else math.nan
+    stated, guess = re.search(r"steps of (\d[\d,]*) tokens", head.get("steps", "")), guess[np.isfinite(guess)]
+    tokens = float(stated[1].replace(",", "")) if stated else np.median(guess) if len(guess) else math.nan
     usual = np.median(speed[speed > 0]) if (speed > 0).any() else math.nan
     minutes = np.cumsum(np.diff(step, prepend=0) * tokens / np.where(speed > 0, speed, usual)) / 60
     fine, future = np.isfinite(loss), "sees the future" in rows[0][6]
@@ -371,7 +374,7 @@ def paired(first, group):
 def learned(above, bound=0.5):
     """When each slot was learned, from read_log's `above`, as the head of this file defines it: {slot: step or inf}."""
     steps, parts = [step for step, *_ in above] + [math.inf], [part for *_, part in above]
-    return {slot: steps[max((i for i, part in enumerate(parts, 1) if not part[slot] < bound), default=0)]
+    return {slot: steps[max((i for i, part in enumerate(parts, 1) if not part.get(slot, math.inf) < bound), default=0)]
             for slot in (parts[0] if parts else ()) if slot != "rest"}
 
 
@@ -391,7 +394,7 @@ def compare(paths, out):
                      np.std(loss, ddof=1) if len(runs) > 1 else math.nan, *difference, p["reached"] if p else math.nan])
         if all(when):
             for text, of in ((label, np.median), ("    from", min), ("    to", max)):
-                steps = [of([w[slot] for w in when]) for slot in when[0]]
+                steps = [of([w.get(slot, math.inf) for w in when]) for slot in when[0]]
                 slots.append([text, *("never" if step == math.inf else step for step in steps)])
         for seed, run, w in zip(group, runs, when, strict=True):
             write([label, run["name"], seed, run["parameters"].replace(",", ""), f"{run['speed']:.0f}",
@@ -450,14 +453,13 @@ def plot_comparison(groups, pairs, folder):
 # ---- Models ----------------------------------------------------------------------------------------------------------
 def load(path, device):
     """-> the model (eval mode, on the device), its tokenizer, and a dict of name, settings, data and rows."""
-    ckpt = load_file(path)
-    model, data = ModulatedLM.from_checkpoint(ckpt, path), ckpt.get("data", {"tokenizer": "gpt2"})  # as the authors'
-    c, name = model.config, os.path.join(*os.path.normpath(path).split(os.sep)[-2:])
+    model, tokenizer, ckpt = load_model(path, device)
+    c, data, name = model.config, ckpt["data"], os.path.join(*os.path.normpath(path).split(os.sep)[-2:])
     shown = vars(c) | {"signals": ",".join(c.signals) or "none"}
     settings = " ".join(f"{key}={shown[key]}" for key in SHOWN if key in shown)
-    return model.to(device), prepare.tokenizer_of(data), dict(
+    return model, tokenizer, dict(
         name=name, settings=f"step {ckpt.get('step', '?')} | {settings} | {data['tokenizer']} tokens", data=data,
-        rows=ckpt.get("settings", {}).get("rows"))
+        rows=setup.get("rows") if isinstance(setup := ckpt.get("settings"), dict) else None)
 
 
 def read_validation(folder, run):
@@ -521,7 +523,7 @@ every later mention the first one's? And what is lost above the entropy, on {len
     steps, total, parts = zip(*history, strict=True)
     ax.plot(steps, total, color="black", lw=2.4, label="whole story")
     for (slot, step), colour in zip(learned(history).items(), [*COLOURS, "0.45"], strict=False):
-        ax.plot(steps, [part[slot] for part in parts], color=colour, lw=1.5,
+        ax.plot(steps, [part.get(slot, math.nan) for part in parts], color=colour, lw=1.5,
                 label=f"{slot}: learned at step {step:,}" if step < math.inf else f"{slot}: not learned")
         if step < math.inf:
             ax.plot(step, parts[steps.index(step)][slot], "o", color=colour, mec="black", ms=8, zorder=3)
@@ -718,6 +720,7 @@ Shielding predicts r > 0. But a higher loss makes larger gradients, too, and cha
     save(fig, folder, "audit.png", run)
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -734,23 +737,17 @@ def main():
     add("--device", choices=DEVICES, default="auto", help=DEVICE_HELP)
     args = parser.parse_args()
     looks = [look for look, on in ((memory, args.memory), (scan, args.scan is not None), (audit, args.audit)) if on]
-    try:
-        if args.compare:
-            compare(args.compare, args.out)
-        if args.log or not (args.compare or looks):
-            analyse_logs(args.log or [os.path.join("out", "training.log")], args.out)
-        if looks:
-            model, tokenizer, run = load(args.ckpt, pick_device(args.device))
-            if not model.controller and looks != [memory]:
-                raise ValueError(f"{args.ckpt} was trained with --signals none: it has no controller to look into")
-            print(title(run))
-            for look in looks:
-                look(model, tokenizer, run, args, os.path.dirname(args.ckpt) if args.out is None else args.out)
-    except (ValueError, OSError) as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if args.compare:
+        compare(args.compare, args.out)
+    if args.log or not (args.compare or looks):
+        analyse_logs(args.log or [os.path.join("out", "training.log")], args.out)
+    if looks:
+        model, tokenizer, run = load(args.ckpt, pick_device(args.device))
+        if not model.controller and looks != [memory]:
+            raise ValueError(f"{args.ckpt} was trained with --signals none: it has no controller to look into")
+        print(title(run))
+        for look in looks:
+            look(model, tokenizer, run, args, os.path.dirname(args.ckpt) if args.out is None else args.out)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ Worth noticing:
 
 import math
 import os
+import zipfile
 import zlib
 from collections import namedtuple
 from dataclasses import asdict, dataclass
@@ -78,6 +79,12 @@ class NCNConfig:
         if self.n_control and not self.signals:
             raise ValueError(f"n_control is {self.n_control}, but a model without signals has no controller to read a "
                              "control: give it signals, or data without labels")
+
+    def n_weights(self):
+        """How many weights the matrices have, nearly all of the model's: known before they take memory."""
+        d, h, L = self.n_embd, self.ncn_hidden, self.n_layer
+        controller = 4 * d * d + d * (1 + h + self.n_control) + 3 * L * h if self.signals else 0
+        return d * (self.vocab_size + self.block_size) + L * (4 * d * d + 2 * d * (self.n_ffn or 4 * d)) + controller
 
 
 def check_salience(mode):
@@ -365,8 +372,10 @@ class ModulatedLM(nn.Module):
     # ---- Files -------------------------------------------------------------------------------------------------------
 
     def save(self, path, **more):
-        """Writes config, weights and whatever `more` holds (tensors and plain values). Raises OSError."""
+        """Writes config, weights and `more` (tensors, plain values). Raises OSError; FloatingPointError for a NaN."""
         content = {"config": asdict(self.config), "model": self.state_dict(), **more}
+        if not all_finite(content):
+            raise FloatingPointError(f"cannot save {path}: the weights are not finite")
         write_file(path, lambda file: torch.save(content, file))
 
     @classmethod
@@ -378,13 +387,20 @@ class ModulatedLM(nn.Module):
     def from_checkpoint(cls, ckpt, path="checkpoint"):
         """As load, from the dict that load_file returns; path only serves the error message."""
         try:
-            if "embed.weight" in ckpt.get("model", {}):
-                model = cls(NCNConfig(**ckpt["config"]))
-                model.load_state_dict(ckpt["model"])
-                return model.eval()
-            state, config = ckpt.get("model_state_dict", ckpt), ckpt.get("config")
-            config = config if isinstance(config, dict) else {}
-            return cls.from_reference(state, n_head=config.get("nhead", 8), ncn_heads=config.get("ncn_heads", 2))
+            if "embed.weight" in (state := ckpt.get("model", {})):
+                config = NCNConfig(**ckpt["config"])
+                sizes = [t.untyped_storage().nbytes() for t in state.values() if t.is_floating_point()]
+                if len(sizes) < len(state) or config.n_weights() > sum(sizes):
+                    raise ValueError("fewer weights than its config says")
+                model = cls(config)
+                model.load_state_dict(state)
+            else:
+                state, config = ckpt.get("model_state_dict", ckpt), ckpt.get("config")
+                config = config if isinstance(config, dict) else {}
+                model = cls.from_reference(state, config.get("nhead", 8), config.get("ncn_heads", 2))
+            if not all_finite(model.state_dict()):
+                raise ValueError("weights that are not finite")
+            return model.eval()
         except Exception as error:  # a dict of anything at all can come out of a file
             raise ValueError(f"{path} holds no NCN model: {type(error).__name__}, {error}".splitlines()[0]) from None
 
@@ -394,8 +410,6 @@ class ModulatedLM(nn.Module):
         s = {name.removeprefix("module."): t for name, t in state_dict.items()}
         layers = 1 + max(int(name.split(".")[1]) for name in s if name.startswith("transformer_layers."))
         vocab_size, d = s["token_embeddings.weight"].shape
-        model = cls(NCNConfig(vocab_size, s["position_embeddings.weight"].size(0), layers, n_head, d,
-                              ncn_hidden=s["ncn.layer1.weight"].size(0), ncn_heads=ncn_heads, salience=salience))
         ours = {"embed.weight": s["token_embeddings.weight"], "position.weight": s["position_embeddings.weight"],
                 "norm.weight": s["final_norm.weight"], "controller.query": s["ncn.control_query"].view(1, d),
                 "controller.norm.weight": s["ncn.ncn_norm.weight"]}
@@ -413,8 +427,27 @@ class ModulatedLM(nn.Module):
                     ours[f"{block}{ffn}.{kind}"] = s[f"{theirs}feed_forward.{linear}.{kind}"]
             ours[block + "attn_norm.weight"] = s[theirs + "norm1.weight"]
             ours[block + "ffn_norm.weight"] = s[theirs + "norm2.weight"]
+        model = cls(NCNConfig(vocab_size, s["position_embeddings.weight"].size(0), layers, n_head, d,
+                              ncn_hidden=s["ncn.layer1.weight"].size(0), ncn_heads=ncn_heads, salience=salience))
         model.load_state_dict(ours)
         return model.eval()
+
+
+def all_finite(content):
+    """Whether no tensor in content, dicts of dicts of them, holds a NaN or an infinite number."""
+    if isinstance(content, dict):
+        return all(map(all_finite, content.values()))
+    return not isinstance(content, torch.Tensor) or bool(content.isfinite().all())
+
+
+def has_form(found, like):
+    """Whether found, from a file, is like `like`: a dict with its keys, a finite tensor of its shape, of its type."""
+    if isinstance(like, dict):
+        return isinstance(found, dict) and all(key in found and has_form(found[key], like[key]) for key in like)
+    if isinstance(like, torch.Tensor):
+        return isinstance(found, torch.Tensor) and all_finite(found) and (
+            found.shape, found.dtype, found.is_contiguous()) == (like.shape, like.dtype, True)
+    return type(found) is type(like)
 
 
 def write_file(path, write):
@@ -422,7 +455,9 @@ def write_file(path, write):
     as it was. Raises OSError."""
     part = f"{path}.part"
     try:
-        with open(part, "wb") as file:
+        if os.path.lexists(part):  # a crash has left it; or it is a link, and leads to another file
+            os.remove(part)
+        with open(part, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -439,6 +474,8 @@ def load_file(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint {path}: train one first, or name one that is there")
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
+            raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is not a checkpoint that can be read safely: {type(error).__name__}, the file is "

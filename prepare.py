@@ -18,6 +18,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,10 @@ END = "<|endoftext|>"               # ends every story, in the text and in the t
 CONTROL = "<|control|>"             # begins a label line, a story's first: "<|control|> 1 0.5"
 BLOCK = 4 << 20                     # bytes read and tokenised at a time; even, a token is two bytes
 LONGEST = 16 << 20                  # bytes in one story: what bounds the memory
+GPT2 = 50257                        # tokens in its vocabulary, the last of which is END
 DEMO_MB = 24                        # more than the laptop preset reads, so that no story comes twice
+# What a terminal shows of control characters out of a file or a model, except line breaks. It would obey them.
+PICTURES = {i: 0x2400 + i for i in range(32) if i != 10} | dict.fromkeys(range(127, 160), 0xFFFD)
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt"
 
 
@@ -58,8 +62,8 @@ def tokenizer_of(meta):
         # (?>...) tries one word only, the longest, which makes it 15 times as quick.
         vocabulary = vocabulary or grammar_words()
         words = sorted(vocabulary, reverse=True)            # "and" before "an"
-        bare, spaced, marks = ("|".join(re.escape(word) for word in words if re.fullmatch(kind, word))
-                               for kind in (r"\w+", r"\W\w+", r"\W+"))
+        bare, spaced, marks = ("|".join(re.escape(word) for word in words if re.fullmatch(kind, word)) or "(?!)"
+                               for kind in (r"\w+", r"\W\w+", r"\W+"))         # (?!) matches nothing
         pattern = rf"(?>{spaced})\b|\b(?>{bare})\b|{marks}|[\s\S]"
         tokens += [word.encode() for word in vocabulary]
     elif name == "bytes":
@@ -442,14 +446,18 @@ def download(url, path):
 @contextlib.contextmanager
 def new_files(paths):
     """New binary files, which get the names `paths`, in this order, once all are on the disk; an empty one is removed.
+    The last one vouches for the others, so its predecessor goes first: a power cut leaves them whole, or none to vouch.
     Any error leaves what was there before; one that comes from the disk is an OSError "cannot write PATHS: reason"."""
     try:
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(f"{path}.tmp", "w+b")) for path in paths]
+            for path in paths:                                  # where a crash left one, or a link leads elsewhere
+                Path(f"{path}.tmp").unlink(missing_ok=True)
+            files = [stack.enter_context(open(f"{path}.tmp", "x+b")) for path in paths]
             yield files
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
+        Path(paths[-1]).unlink(missing_ok=True)
         for path in paths:
             os.replace(f"{path}.tmp", path)
             if not os.path.getsize(path):
@@ -523,14 +531,13 @@ def write_tokens(files, name, seen, inputs, val_fraction, seed, max_mb, labelled
             file.seek(0)
             for block in read_blocks(file.name):                # it reads ahead of what is overwritten
                 file.write(new_id[np.frombuffer(block, "<u2")].tobytes())
-    counts = zip(("train_stories", "val_stories", "train_tokens", "val_tokens"), stories_in + tokens_in, strict=True)
+    digests = [file.seek(0) or hashlib.file_digest(file, "sha256").hexdigest() for file in (*bins, *label_files)]
+    counts = zip(("train_stories", "val_stories", "train_tokens", "val_tokens", "train_sha256", "val_sha256",
+                  "train_control_sha256", "val_control_sha256"), stories_in + tokens_in + digests, strict=True)
     meta = {"tokenizer": name, "vocab_size": len(vocabulary) if seen else tokenizer.n_vocab, **dict(counts),
             "sources": sources, "val_fraction": val_fraction, "seed": seed}
     if n_control:                                               # the controls' names
         meta["controls"] = [label] if label else CONTROLS if labelled else [str(i + 1) for i in range(n_control)]
-        for split, file in zip(("train", "val"), label_files, strict=True):
-            file.seek(0)
-            meta[f"{split}_control_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     if inputs == ["demo"] and not label:                        # an END costs no nats, but counts as a token
         known = frozenset((control, 1) for control in meta.get("controls", ()))     # for -1 it is the same
         meta["entropy_nats_per_story"] = entropy(drawn=known)
@@ -545,36 +552,39 @@ def write_tokens(files, name, seen, inputs, val_fraction, seed, max_mb, labelled
 def read_meta(folder):
     """The metadata in `folder`, a dict. Raises ValueError in one line where there are none or they are damaged."""
     path = Path(folder) / "meta.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        size, vocabulary = meta["vocab_size"], meta.get("vocabulary")
-        kind = {"gpt2": int, "words": str, "bytes": None}[meta["tokenizer"]]
-        kinds = None if vocabulary is None else (len(vocabulary), {*map(type, vocabulary)})
-        nats = [value for name, value in meta.items() if name.startswith("entropy_")]
-        if (type(size) is int and 1 <= size <= 1 << 16 and kinds in (None, (size - 257 * (kind is str), {kind}))
-                and {*map(type, meta.get("controls", [""]))} == {str}
-                and all(type(value) is float and math.isfinite(value) for value in nats)):
+    if not path.is_file():
+        raise ValueError(f"no data in {folder}: run prepare.py first, or name its folder with --data")
+    with contextlib.suppress(ValueError, RecursionError):
+        if is_sound(meta := json.loads(path.read_text(encoding="utf-8"))):
             return meta
-    except FileNotFoundError:
-        raise ValueError(f"no data in {folder}: run prepare.py first, or name its folder with --data") from None
-    except (ValueError, KeyError, TypeError):
-        pass
     raise ValueError(f"{path} is damaged: run prepare.py again")
+
+
+def is_sound(meta):
+    """Whether metadata, out of meta.json or a checkpoint, are such as write_tokens makes, so that they can be used."""
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
+        name, size, words = meta["tokenizer"], meta["vocab_size"], meta.get("vocabulary")
+        nats, kinds = [meta.get(f"entropy_nats_per_{unit}") for unit in ("story", "token")], {*map(type, words or ())}
+        return type(size) is int and 1 <= size <= 1 << 16 and (
+            words is None and size == {"gpt2": GPT2, "bytes": 257}[name]
+            or name == "words" and kinds == {str} and size - 257 == len(words) == len({w for w in words if len(w) > 1})
+            or name == "gpt2" and kinds == {int} and words == sorted({*words, *range(256)})
+            and size == len(words) > words[0] == 0 and words[-1] < GPT2
+        ) and (nats == [None, None] or all(type(x) is float and math.isfinite(x) for x in nats)
+               ) and {*map(type, meta.get("controls", [""]))} == {str}
 
 
 def read_tokens(folder, split, meta):
     """The tokens of `split`, "train" or "val": uint16, memory-mapped. Raises ValueError if they do not fit `meta`."""
     path = Path(folder) / f"{split}.bin"
-    if not path.is_file():
-        raise ValueError(f"no {path}: run prepare.py first")
-    if (size := path.stat().st_size) % 2:
-        raise ValueError(f"{path} has an odd number of bytes, it is cut short: run prepare.py again")
-    tokens = np.memmap(path, "<u2", "r") if size else np.zeros(0, "<u2")
+    with open(path, "rb") as file:                              # takes about a second per GB
+        found = path.stat().st_size / 2, hashlib.file_digest(file, "sha256").hexdigest()
+    if found != (meta.get(f"{split}_tokens"), meta.get(f"{split}_sha256")):
+        raise ValueError(f"{path} is not the file that its meta.json describes: run prepare.py again")
+    tokens = np.memmap(path, "<u2", "r")
     if (largest := tokens.max(initial=0)) >= meta["vocab_size"]:
         raise ValueError(f"{path} holds token id {largest}, beyond the vocabulary of {meta['vocab_size']}: "
                          "run prepare.py again")
-    if len(tokens) != (count := meta.get(f"{split}_tokens", len(tokens) or 1)):
-        raise ValueError(f"{path} holds {len(tokens):,} of {count:,} tokens: run prepare.py again")
     return tokens
 
 
@@ -633,10 +643,40 @@ def fail(error):
     """Says in one line on standard error what is wrong. Returns the exit status of bad input."""
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    print(f"{Path(sys.argv[0]).name}: {error}".splitlines()[0], file=sys.stderr)
+    line = f"{Path(sys.argv[0]).name}: {str(error) or 'not enough memory'}".splitlines()[0]
+    with contextlib.suppress(OSError):                          # where nobody listens, the status tells
+        print(line.translate(PICTURES) if sys.stderr.isatty() else line, file=sys.stderr)
     return 2
 
 
+def command(main):
+    """Makes a function a script's main, which returns the exit status: an error is one line there, no traceback."""
+    def run():
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        for name in ("stdin", "stdout", "stderr"):              # closed, as by >&-: no file shall get its number
+            setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))
+        sys.stdout.reconfigure(errors="replace")                # a Windows code page may lack a character
+        if sys.stdout.isatty():
+            sys.stdout.write = lambda text, write=sys.stdout.write: write(text.translate(PICTURES))
+        try:
+            status = main() or 0
+        except (ValueError, OSError, FloatingPointError, OverflowError, MemoryError, RuntimeError) as error:
+            if type(error) is RuntimeError and not re.search("memory|[Cc]onnection", str(error)):
+                raise                                           # it did not come from outside
+            status = fail(error)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            status = getattr(stop, "code", 130)
+        try:
+            sys.stdout.flush()
+        except OSError as error:                                # nobody reads; at its end Python would try once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = status or fail(error)
+        signal.signal(signal.SIGINT, before)
+        return status
+    return run
+
+
+@command
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(fail(message))
@@ -670,7 +710,7 @@ def main():
             raise ValueError("--labels is for demo: leave it out, or begin each story with a label line")
         asked = args.inputs or ["training_data"] * any(Path("training_data").rglob("*.txt"))
         inputs = asked or ["tinystories"]
-        name = args.tokenizer or ("words" if inputs == ["demo"] else "gpt2")
+        name = ("words" if inputs == ["demo"] else "gpt2") if args.tokenizer is None else args.tokenizer
         try:
             # The vocabulary comes first: where it is missing, nobody should wait for 2.2 GB to find that out.
             tokenizer_of({"tokenizer": name})
@@ -694,8 +734,6 @@ def main():
         with new_files([args.out / file for file in names]) as files:
             meta = write_tokens(files, name, seen, inputs, args.val_fraction, args.seed, args.max_mb, args.labels,
                                 args.label)
-    except (ValueError, OSError) as error:
-        return fail(error)
     except KeyboardInterrupt:
         fail("interrupted, nothing was changed")
         return 130
@@ -706,7 +744,6 @@ def main():
     if "entropy_nats_per_token" in meta:
         print(f"The best possible loss on these stories is {meta['entropy_nats_per_token']:.4f} nats per token"
               + " to one who knows the labels" * bool(controls) + ".")
-    return 0
 
 
 if __name__ == "__main__":

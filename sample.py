@@ -13,15 +13,19 @@ import itertools
 import math
 import os
 import re
+import signal
 import sys
 import time
+
+if __name__ == "__main__":  # while torch loads, Ctrl-C just ends the script
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
 
 from kernels import DEVICE_HELP, DEVICES, actuate, modulate, pick_device, rms_norm, write_cache
 from ncn import SIGNALS, ModulatedLM, load_file, salience_pool, salience_step
-from prepare import fail, tokenizer_of
+from prepare import GPT2, PICTURES, command, fail, is_sound, tokenizer_of
 
 
 # ---- Drawing a token -------------------------------------------------------------------------------------------------
@@ -378,7 +382,7 @@ def paint(text, level):
     """The text on the background of level 0 to 1; the colour ends before a line does, or it would fill the line."""
     step = min(int(level * len(RAMP)), len(RAMP) - 1)
     on, off = f"\x1b[48;5;{RAMP[step]};38;5;{15 if step < 4 else 16}m", "\x1b[0m"
-    return on + text.replace("\n", f"{off}\n{on}") + off
+    return on + text.translate(PICTURES).replace("\n", f"{off}\n{on}") + off
 
 
 def read_again(model, ids, salience, control):
@@ -393,20 +397,31 @@ def read_again(model, ids, salience, control):
 
 
 def write_trace(model, rows, salience, control, dose, signal, layer):
-    """The finished samples, each token coloured by the controller's signal when it was read."""
-    values = []
+    """The finished samples, each token coloured by the controller's signal when it was read, to a terminal."""
+    values, out = [], codecs.getwriter(sys.stdout.encoding)(sys.stdout.buffer, "replace")  # it is to obey the colours
     for row in rows:
         ids = torch.tensor([[row.tokenizer.eot_token, *row.tokens]], device=dose.device)
         its = (read_again(model, ids, salience, control) * dose)[1:, :, SIGNALS.index(signal)]  # (T, L)
         values.append((its.mean(-1) if layer is None else its[:, layer]).tolist())
     low, high = min(map(min, values)), max(map(max, values))
     print(f"{signal}, {'mean of the layers' if layer is None else f'layer {layer}'}: {low:.3f} "
-          + "".join(paint("  ", i / len(RAMP)) for i in range(len(RAMP))) + f" {high:.3f} (neutral: 1)\n")
+          + "".join(paint("  ", i / len(RAMP)) for i in range(len(RAMP))) + f" {high:.3f} (neutral: 1)\n", file=out)
     for i, (row, its) in enumerate(zip(rows, values, strict=True)):
         again = Row(row.tokenizer, "")
-        print("\n---\n" * (i > 0) + "".join(paint(again.add(token), (value - low) / (high - low or 1))
-                                            for token, value in zip(row.tokens, its, strict=True)), end="")
-    print()
+        print("\n---\n" * (i > 0) + "".join(paint(again.add(token), (value - low) / (high - low or 1)) for token, value
+                                            in zip(row.tokens, its, strict=True)), end="", file=out)
+    print(file=out)
+
+
+def load_model(path, device):
+    """-> the model of a checkpoint, on the device, its tokenizer, the checkpoint. Raises OSError or ValueError."""
+    ckpt = load_file(path)
+    model = ModulatedLM.from_checkpoint(ckpt, path)
+    data = ckpt.setdefault("data", {"tokenizer": "gpt2", "vocab_size": GPT2})  # the authors' is GPT-2's
+    tokenizer = tokenizer_of(data) if is_sound(data) else None
+    if not tokenizer or tokenizer.n_vocab != model.config.vocab_size:
+        raise ValueError(f"{path} holds no tokenizer for its model's {model.config.vocab_size} symbols")
+    return model.to(device), tokenizer, ckpt
 
 
 def numbers(text):
@@ -441,63 +456,54 @@ def arguments():
     return parser.parse_args()
 
 
+@command
 def main():
     args = arguments()
-    sys.stdout.reconfigure(errors="replace")  # a Windows code page may lack a character of the story
-    try:
-        if args.num_samples < 1:
-            raise ValueError(f"--num_samples is {args.num_samples}, it must be at least 1")
-        doses = [getattr(args, name) for name in SIGNALS]
-        if not all(0 <= dose < math.inf for dose in doses):
-            raise ValueError("--gain, --precision and --gate must be 0 or more")
-        ckpt = load_file(args.ckpt)
-        model = ModulatedLM.from_checkpoint(ckpt, args.ckpt)
-        tokenizer = tokenizer_of(ckpt.get("data", {"tokenizer": "gpt2"}))  # the authors' is GPT-2's
-        if (doses != [1, 1, 1] or args.trace) and not model.controller:
-            raise ValueError(f"{args.ckpt} has no controller to dose or to trace: it was trained with --signals none")
-        if args.layer is not None and not 0 <= args.layer < model.config.n_layer:
-            raise ValueError(f"--layer is {args.layer}, the model has layers 0 to {model.config.n_layer - 1}")
-        if not args.prompt:
-            raise ValueError("the prompt has no tokens: give the text some beginning")
-        names = ckpt.get("data", {}).get("controls", ())
-        if args.control and len(args.control) != model.config.n_control:
-            raise ValueError(f"--control has {len(args.control)} numbers, {args.ckpt} takes {model.config.n_control}"
-                             + ": " * bool(names) + ", ".join(names))
-        device = pick_device(args.device)
-        model.to(device)
-        salience, dose = salience_of(model.config, args.salience), torch.tensor(doses, device=device)
-        # In training every story follows the end of another one: the same mark says here that a story begins.
-        prompt = tokenizer.encode_ordinary(args.prompt)
-        ids = torch.tensor([[tokenizer.eot_token, *prompt]] * args.num_samples, device=device)
-        control = args.control and torch.tensor([args.control], device=device)  # (1, n_control)
-        start, edit = time.perf_counter(), None if doses == [1, 1, 1] else lambda signals: signals * dose
-        tokens = stream(model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, salience,
-                        edit, tokenizer.eot_token, control if control is None else control.expand(len(ids), -1))
-        begun = list(itertools.islice(tokens, WARM_UP))
-        if begun:
-            begun[-1].tolist()  # waits for a GPU
-        warm, tokens = time.perf_counter(), itertools.chain(begun, tokens)
-        if args.trace and sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ:
-            os.system("")  # lets an older Windows console understand colours
-            rows, tokens = [Row(tokenizer, "") for _ in ids], list(tokens)
-            for step in [*ids.t()[1:], *tokens]:
-                for row, token in zip(rows, step.tolist(), strict=True):
-                    row.add(token)
-            end = time.perf_counter()
-            write_trace(model, rows, salience, control, dose, args.trace, args.layer)
-            counts = [len(row.tokens) - len(prompt) for row in rows]
-        else:
-            rows = [Row(tokenizer, args.prompt) for _ in ids]
-            write(tokens, rows)
-            end, counts = time.perf_counter(), [len(row.tokens) for row in rows]
-        count, later = sum(counts), sum(max(0, n - WARM_UP) for n in counts)
-        print(f"{count} tokens in {end - start:.2f} s: {count / (end - start):.0f} tokens/s"
-              + f", after the first {WARM_UP} {later / (end - warm):.0f} tokens/s" * (later > 0), file=sys.stderr)
-    except (ValueError, OSError, NotImplementedError) as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if args.num_samples < 1:
+        raise ValueError(f"--num_samples is {args.num_samples}, it must be at least 1")
+    doses = [getattr(args, name) for name in SIGNALS]
+    if not all(0 <= dose <= 1e6 for dose in doses):
+        raise ValueError("--gain, --precision and --gate must be 0 or more, up to 1e6")  # far above, sums overflow
+    device = pick_device(args.device)
+    model, tokenizer, ckpt = load_model(args.ckpt, device)
+    if (doses != [1, 1, 1] or args.trace) and not model.controller:
+        raise ValueError(f"{args.ckpt} has no controller to dose or to trace: it was trained with --signals none")
+    if args.layer is not None and not 0 <= args.layer < model.config.n_layer:
+        raise ValueError(f"--layer is {args.layer}, the model has layers 0 to {model.config.n_layer - 1}")
+    if not args.prompt:
+        raise ValueError("the prompt has no tokens: give the text some beginning")
+    names = ckpt["data"].get("controls", ())
+    if args.control and len(args.control) != model.config.n_control:
+        raise ValueError(f"--control has {len(args.control)} numbers, {args.ckpt} takes {model.config.n_control}"
+                         + ": " * bool(names) + ", ".join(names))
+    salience, dose = salience_of(model.config, args.salience), torch.tensor(doses, device=device)
+    # In training every story follows the end of another one: the same mark says here that a story begins.
+    prompt = tokenizer.encode_ordinary(args.prompt)
+    ids = torch.tensor([[tokenizer.eot_token, *prompt]] * args.num_samples, device=device)
+    control = args.control and torch.tensor([args.control], device=device)  # (1, n_control)
+    start, edit = time.perf_counter(), None if doses == [1, 1, 1] else lambda signals: signals * dose
+    tokens = stream(model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, salience,
+                    edit, tokenizer.eot_token, control if control is None else control.expand(len(ids), -1))
+    begun = list(itertools.islice(tokens, WARM_UP))
+    if begun:
+        begun[-1].tolist()  # waits for a GPU
+    warm, tokens = time.perf_counter(), itertools.chain(begun, tokens)
+    if args.trace and sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ:
+        os.system("")  # lets an older Windows console understand colours
+        rows, tokens = [Row(tokenizer, "") for _ in ids], list(tokens)
+        for step in [*ids.t()[1:], *tokens]:
+            for row, token in zip(rows, step.tolist(), strict=True):
+                row.add(token)
+        end = time.perf_counter()
+        write_trace(model, rows, salience, control, dose, args.trace, args.layer)
+        counts = [len(row.tokens) - len(prompt) for row in rows]
+    else:
+        rows = [Row(tokenizer, args.prompt) for _ in ids]
+        write(tokens, rows)
+        end, counts = time.perf_counter(), [len(row.tokens) for row in rows]
+    count, later = sum(counts), sum(max(0, n - WARM_UP) for n in counts)
+    print(f"{count} tokens in {end - start:.2f} s: {count / (end - start):.0f} tokens/s"
+          + f", after the first {WARM_UP} {later / (end - warm):.0f} tokens/s" * (later > 0), file=sys.stderr)
 
 
 if __name__ == "__main__":

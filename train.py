@@ -15,16 +15,20 @@ processes compute what one does.
 import argparse
 import contextlib
 import functools
-import hashlib
 import math
 import os
 import signal
+import socket
+import sqlite3
 import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import datetime
+
+if __name__ == "__main__":  # while torch loads, Ctrl-C just ends the script
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -36,8 +40,8 @@ from tqdm import tqdm
 import kernels
 import prepare
 from kernels import DEVICE_HELP, DEVICES, pick_device
-from ncn import ModulatedLM, NCNConfig, load_file
-from prepare import SLOTS, control_windows, fail, label_slots, read_labels, read_meta, read_tokens, rows_of, windows
+from ncn import ModulatedLM, NCNConfig, has_form, load_file
+from prepare import SLOTS, command, control_windows, fail, label_slots, read_meta, read_tokens, rows_of, windows
 from sample import generate
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -81,6 +85,7 @@ HELP = {
     "seed": "of the weights, the data order and the dropout",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TO_RESUME = dict(settings=PAPER, dtype="", step=0, best=0.0, data={}, scaler={}, optimizer={"state": {}})
 
 
 def arguments():
@@ -135,10 +140,15 @@ def resolve_settings(args, cuda, ckpt=None):
     return s, notes
 
 
-def model_config(s, vocab_size, n_control=0):
-    signals = () if s["signals"] == "none" else tuple(filter(None, s["signals"].split(",")))
+def model_config(s, vocab_size, device, n_control=0):
+    signals = () if s["signals"] == "none" else tuple(s["signals"].split(","))
     sizes = {name: s[name] for name in MODEL} | dict(vocab_size=vocab_size, n_control=n_control)
-    return NCNConfig(**sizes | dict(signals=signals))
+    config = NCNConfig(**sizes | dict(signals=signals))
+    memory = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else
+              os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf)
+    if (need := 16 * config.n_weights()) > memory:  # float32: a weight, its gradient and AdamW's two means
+        raise ValueError(f"this model needs over {need >> 30:,} GiB to train, there are {memory / 2**30:.1f}")
+    return config
 
 
 # ---- Device and precision --------------------------------------------------------------------------------------------
@@ -177,11 +187,9 @@ def learning_rate(step, s):
 
 
 def make_optimizer(model, s):
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": s["weight_decay"]},
-                              {"params": others, "weight_decay": 0.0}],
-                             lr=s["lr"], betas=(s["beta1"], s["beta2"]), fused=matrices[0].device.type != "mps")
+    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrices],
+               "weight_decay": s["weight_decay"] * matrices} for matrices in (True, False)]
+    return torch.optim.AdamW(groups, lr=s["lr"], betas=(s["beta1"], s["beta2"]), fused=not model.norm.weight.is_mps)
 
 
 def update(model, optimizer, scaler, s):
@@ -216,29 +224,64 @@ def drop_control(control, seed, micro):
     return control
 
 
+def join(backend, rank, world):
+    """Makes the processes a group, in a new store: torchrun's survives a restart, with the addresses of the dead."""
+    store, host = None, os.environ["MASTER_ADDR"]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        old = dist.TCPStore(host, int(os.environ["MASTER_PORT"]))
+        if rank == 0:
+            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            old.set("ncn", str(store.port))
+        while not store:  # until the port is a living one's
+            time.sleep(0.1)
+            with contextlib.suppress(OSError):
+                socket.create_connection((host, port := int(old.get("ncn")))).close()
+                store = dist.TCPStore(host, port)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
 def train(args):
     # torchrun sets these; alone we are rank 0 of 1.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) or 1
     device = pick_device(args.device)
-    latest, best_path = (os.path.join(args.out, f"ckpt_{name}.pt") for name in ("latest", "best"))
-    ckpt = load_file(latest) if args.resume else None
-    if ckpt is not None and not {"settings", "optimizer", "step", "data"} <= ckpt.keys():
-        raise ValueError(f"{latest} was not written by train.py: it cannot be resumed")
+    if world > 1:  # CPU tensors go through gloo also beside GPUs: agreeing to stop then needs no GPU synchronisation
+        join("cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo", rank, world)
+
+    def all_reduce_sum(values):
+        if world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def from_rank_0(work):
+        """What work() returns on rank 0, on every process: rank 0's files may be the only ones."""
+        result = [work() if rank == 0 else None]
+        if world > 1:
+            dist.broadcast_object_list(result)
+        return result[0]
+
+    restarted = all_reduce_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) > 0  # on any node
+    latest, best_pt, log_path = (os.path.join(args.out, f) for f in ("ckpt_latest.pt", "ckpt_best.pt", "training.log"))
+    ckpt, meta = from_rank_0(lambda: (
+        load_file(latest) if args.resume or restarted and os.path.exists(latest) else None, read_meta(args.data)))
+    if ckpt is not None and not (has_form(ckpt, TO_RESUME) and ckpt["dtype"] in DTYPES and ckpt["step"] >= 0):
+        raise ValueError(f"{latest} was not written by train.py, or is damaged: it cannot be resumed")
+    if ckpt and not args.resume:  # it may be an earlier run's, where ours died before it could set that aside
+        theirs, (mine, _) = ckpt["settings"], resolve_settings(args, device.type == "cuda")
+        ckpt = ckpt if theirs == mine | {"max_steps": mine["max_steps"] or theirs["max_steps"]} else None
     s, notes = resolve_settings(args, device.type == "cuda", ckpt)
     if s["grad_accum"] % world:
         raise ValueError(f"--grad_accum {s['grad_accum']} micro-batches cannot be shared by {world} processes: "
                          f"choose a multiple of {world}")
 
     # Data. A row is a window or a story; a micro-batch is B rows, an epoch all rows in an order of its own.
-    meta = read_meta(args.data)
-    if ckpt and ckpt["data"] != meta:
-        raise ValueError(f"{args.data} is not the data this run began with: --resume needs the same, prepared the same "
-                         "way")
+    if (ckpt["data"] if ckpt else meta) != meta or read_meta(args.data) != meta:
+        raise ValueError(f"{args.data} is not the data this run began with: it needs the same, prepared the same way")
     tokenizer, end, T, B = None, meta["vocab_size"] - 1, s["block_size"], s["batch_size"]
     with contextlib.suppress(ConnectionError):  # no GPT-2 vocabulary: no sample lines on a terminal
         tokenizer = prepare.tokenizer_of(meta)
     tokens, val_tokens = (read_tokens(args.data, split, meta) for split in ("train", "val"))
-    labels, val_labels = (read_labels(args.data, *its) for its in (("train", meta, tokens), ("val", meta, val_tokens)))
+    labels, val_labels = (
+        prepare.read_labels(args.data, *its) for its in (("train", meta, tokens), ("val", meta, val_tokens)))
     rows, val_rows = (rows_of(t, T, s["rows"] == "aligned") for t in (tokens, val_tokens))
     per_epoch = len(rows) // B  # micro-batches
     if not per_epoch or not len(val_rows):
@@ -253,6 +296,8 @@ def train(args):
 
     def fetch(tokens, rows, control):
         """-> inputs and targets (B, T) int64, -1 where a row is padded, and control or None, on the device."""
+        if tokens.base.size() < tokens.nbytes:  # the file's: to read the map beyond its end would kill the process
+            raise OSError(f"{tokens.filename} was cut short while it was read")
         x, y, *control = (torch.from_numpy(a) for a in (*windows(tokens, rows, end), control) if a is not None)
         if device.type == "cuda":
             x, y, *control = (a.pin_memory() for a in (x, y, *control))
@@ -265,14 +310,15 @@ def train(args):
         return fetch(tokens, mine, drop_control(control_windows(labels, mine), s["seed"], micro))
 
     # Model, precision, optimizer
-    config = model_config(s, meta["vocab_size"], len(meta.get("controls", ())))
-    torch.manual_seed(s["seed"])
+    config = model_config(s, meta["vocab_size"], device, len(meta.get("controls", ())))
+    torch.manual_seed(s["seed"] % (1 << 63))
     model = ModulatedLM.from_checkpoint(ckpt, latest) if ckpt else ModulatedLM(config)
-    if args.init:
-        first = load_file(args.init)
+    if args.init and not ckpt:
+        first = from_rank_0(lambda: load_file(args.init))
+        its = first.get("data", {"tokenizer": "gpt2"})  # the authors' is GPT-2's
         model = ModulatedLM.from_checkpoint(first, args.init)
-        old, new = ({**asdict(c), **{name: its.get(name) for name in ("tokenizer", "vocabulary")}}
-                    for c, its in ((model.config, first.get("data", {"tokenizer": "gpt2"})), (config, meta)))
+        old, new = ({**asdict(c), **{name: data.get(name) for name in ("tokenizer", "vocabulary")}}
+                    for c, data in ((model.config, its if isinstance(its, dict) else {}), (config, meta)))
         if differ := [name for name in new if old[name] != new[name]]:
             raise ValueError(f"--init {args.init} is another model: the same {differ[0]} is needed")
     elif model.controller and s["start"] == "zero" and not ckpt:
@@ -284,21 +330,23 @@ def train(args):
         dtype, why = ckpt["dtype"], "as the run began"
     else:
         dtype, why = choose_dtype(device)
+        dtype, why = from_rank_0(lambda: (dtype, why))  # timings differ between processes
     optimizer = make_optimizer(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     step, best = 0, math.inf
     if ckpt:
-        optimizer.load_state_dict(ckpt["optimizer"])
-        if ckpt["scaler"]:  # empty if the run began without fp16
-            scaler.load_state_dict(ckpt["scaler"])
-        step, best = ckpt["step"], ckpt["best"]
-        del ckpt
-
-    if world > 1:  # CPU tensors go through gloo also beside GPUs: agreeing to stop then needs no GPU synchronisation
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo")
-        shared = [why, dtype]
-        dist.broadcast_object_list(shared)  # timings differ between processes
-        why, dtype = shared
+        step, best, state = ckpt["step"], ckpt["best"], ckpt["optimizer"]["state"]
+        like = {i: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
+                for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]) if i in state}
+        scale = ckpt["scaler"] if dtype == ckpt["dtype"] else scaler.state_dict()
+        # AdamW's kernel would not look; and weights that a controller does not use have no state.
+        if config != model.config or len(like) != len(state) or not has_form(
+                dict(state=state, scale=scale), dict(state=like, scale=scaler.state_dict())):
+            raise ValueError(f"{latest} is damaged: its parts do not belong together")
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        scaler.load_state_dict(scale)
+    earlier = () if ckpt else (log_path, latest, best_pt)
+    del ckpt
     autocast = functools.partial(torch.autocast, device.type, DTYPES[dtype], enabled=dtype != "fp32")
     model.checkpoint_blocks = args.checkpoint_blocks
     wrapped_model = compiled(model) if args.compile else model
@@ -309,12 +357,17 @@ def train(args):
     # Files: rank 0 alone writes. An earlier run in the same folder is set aside, not overwritten.
     if rank == 0:
         os.makedirs(args.out, exist_ok=True)
-        log_path, previous = (os.path.join(args.out, name) for name in ("training.log", "previous"))
-        for path in filter(os.path.exists, () if args.resume else (log_path, latest, best_path)):
-            os.makedirs(previous, exist_ok=True)
-            os.replace(path, os.path.join(previous, os.path.basename(path)))
+        try:
+            lock = sqlite3.connect(os.path.join(args.out, "lock"), timeout=0)  # the system frees it, however we end
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error as error:
+            raise ValueError(f"another training is at work in {args.out} ({error}): choose another --out") from None
+        numbered = (os.path.join(args.out, "previous", str(i)) for i in range(1, 1 << 63))
+        previous = next(path for path in numbered if not os.path.exists(path))
+        for path in filter(os.path.exists, earlier):
+            os.renames(path, os.path.join(previous, os.path.basename(path)))
             notes.append(f"Moved the earlier {path} to {previous}")
-        log_file = open(log_path, "a", encoding="utf-8")
+        log_file = open(log_path, "a", encoding="utf-8", errors="backslashreplace")
     on_terminal = rank == 0 and sys.stderr.isatty()
     bar = tqdm(total=s["max_steps"], initial=step, unit="step", disable=not on_terminal)
 
@@ -326,15 +379,10 @@ def train(args):
             log_file.flush()
             bar.write(line)
 
-    def save(path):
-        if rank == 0:
+    def save(*paths):
+        for path in paths:
             model.save(path, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, best=best,
                        settings=s, dtype=dtype, data=meta)
-
-    def all_reduce_sum(values):
-        if world > 1:
-            dist.all_reduce(values)
-        return values
 
     @torch.no_grad()
     def validate():
@@ -361,19 +409,22 @@ def train(args):
         nats, untold, targets, stories, *above = all_reduce_sum(sums).tolist()
         return nats / targets, untold / targets, [a / max(stories, 1) for a in above] if is_demo else None
 
-    received = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first asks for an orderly stop, a second one stops at once
-        signal.signal(number, lambda n, frame: (received.append(n), signal.signal(n, signal.SIG_DFL)))
+    received = []  # (number, seconds) of signals: the first asks for an orderly stop, a later one stops at once
+    def receive(number, frame):
+        received.append((number, time.monotonic()))
+        if received[-1][1] > received[0][1] + 2:  # within a moment it is the same one: torchrun passes it on, too
+            os._exit(128 + number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if signal.getsignal(number := getattr(signal, name, signal.SIGTERM)) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, receive)
 
     def stop_if_asked():
         """Every process asks whether any of them was told to stop, so that all stop at the same place."""
-        number = torch.tensor(received[0] if received else 0)
-        if world > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        if number:  # the step under way is dropped: its gradients touched neither weights nor optimizer
-            save(latest)
+        if all_reduce_sum(torch.tensor(len(received))):  # the step under way is dropped: it has changed nothing yet
+            from_rank_0(lambda: save(latest))  # who left sooner would make torchrun end the others
             log(f"Interrupted after step {step}: saved {latest}, go on with --resume")
-            raise SystemExit(128 + int(number))  # the shell's status of a signal
+            raise SystemExit(128 + (received[0][0] if received else signal.SIGTERM))  # as a shell has it
 
     for note in notes:
         log(note)
@@ -384,11 +435,9 @@ def train(args):
         n_ffn = (config.n_ffn or 4 * config.n_embd) + round(n_controller / config.n_layer / (2 * config.n_embd + 1))
         log(f"A static model of this size: --signals none --n_ffn {n_ffn}")
     log("Settings: " + " ".join(f"{name}={s[name]}" for name in HELP if not name.endswith("_interval")))
-    if rank == 0:
-        with open(os.path.join(args.data, "train.bin"), "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-        log(f"Data: {args.data} sha256={digest} tokenizer={meta['tokenizer']} vocab_size={meta['vocab_size']}"
-            + (f" n_control={config.n_control} ({', '.join(meta['controls'])})" if config.n_control else ""))
+    log(f"Data: {args.data} sha256={meta['train_sha256'][:12]} tokenizer={meta['tokenizer']} "
+        f"vocab_size={meta['vocab_size']}"
+        + (f" n_control={config.n_control} ({', '.join(meta['controls'])})" if config.n_control else ""))
     log(f"{dtype}: {why}")
     log(f"{s['max_steps']:,} steps of {micro_tokens * s['grad_accum']:,.0f} tokens, from {args.data}: {len(tokens):,} "
         f"tokens ({meta['tokenizer']}) to train on, {len(val_rows)} rows to validate on")
@@ -406,66 +455,72 @@ def train(args):
     # Reads the next micro-batch while this one is computed. A new thread would pin memory for the first GPU.
     loader = ThreadPoolExecutor(1, initializer=lambda: device.type == "cuda" and torch.cuda.set_device(device))
     ahead = loader.submit(batch, step * s["grad_accum"] + rank)
-    while step < s["max_steps"]:
-        rate = learning_rate(step + 1, s)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        for j in range(micro_steps):
-            stop_if_asked()
-            micro = step * s["grad_accum"] + j * world + rank
-            x, y, control = ahead.result()
-            ahead = loader.submit(batch, micro + world)
-            torch.manual_seed(int(np.random.SeedSequence((s["seed"], micro)).generate_state(1)[0]))  # for the dropout
-            meet = world == 1 or j == micro_steps - 1  # the processes' gradients are averaged once per step
-            with contextlib.nullcontext() if meet else wrapped_model.no_sync():
-                with autocast():
-                    loss = wrapped_model(x, y, control=control)
-                scaler.scale(loss.total / micro_steps).backward()
-            sums += torch.stack([loss.task, loss.homeostatic]).detach()
-            counted += 1
-        norm = update(model, optimizer, scaler, s)
-        step += 1
-        bar.update()
+    try:
+        while step < s["max_steps"]:
+            rate = learning_rate(step + 1, s)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            for j in range(micro_steps):
+                stop_if_asked()
+                micro = step * s["grad_accum"] + j * world + rank
+                x, y, control = ahead.result()
+                ahead = loader.submit(batch, micro + world)
+                torch.manual_seed(int(np.random.SeedSequence((s["seed"], micro)).generate_state(1)[0]))  # for dropout
+                meet = world == 1 or j == micro_steps - 1  # the processes' gradients are averaged once per step
+                with contextlib.nullcontext() if meet else wrapped_model.no_sync():
+                    with autocast():
+                        loss = wrapped_model(x, y, control=control)
+                    scaler.scale(loss.total / micro_steps).backward()
+                sums += torch.stack([loss.task, loss.homeostatic]).detach()
+                counted += 1
+            norm = update(model, optimizer, scaler, s)
+            step += 1
+            bar.update()
 
-        evaluate = step % s["eval_interval"] == 0 or step == s["max_steps"]
-        if step % s["log_interval"] == 0 or evaluate or step == began_step + 1:
-            task, homeostatic = (all_reduce_sum(sums.clone()) / (counted * world)).tolist()
-            healthy = all_reduce_sum(torch.isfinite(norm).float()).item() == world or scaler.is_enabled()
-            if not math.isfinite(task) or not healthy:
-                left = f"the last good checkpoint is {latest}" if os.path.exists(latest) else "there is no checkpoint"
-                log(f"Stopped: loss {task}, gradient norm {norm.item()} at step {step}")
-                fail(f"loss or gradient not finite at step {step}; {left}; try a lower --lr")
-                raise SystemExit(1)
-            now = time.perf_counter()
-            epoch, place = divmod(step * s["grad_accum"] - 1, per_epoch)
-            scale = scaler.get_scale() if scaler.is_enabled() else 1.0
-            log(f"Step: {step} | Ep: {epoch + 1} [{place + 1}/{per_epoch} ({100 * (place + 1) / per_epoch:.1f}%)] | "
-                f"Loss: {task:.4f} | Reg: {homeostatic:.4f} | PPL: {math.exp(min(task, 700)):.2f} | LR: {rate:.2e} | "
-                f"Scale: {scale:.1f} | Tok/s: {counted * world * micro_tokens / (now - clock):.0f}{future}")
-            sums.zero_()
-            counted, clock = 0, now
-        if evaluate:
-            result, untold, above = validate()
-            log(f"Validation Result: Loss: {result:.4f} | Perplexity: {math.exp(min(result, 700)):.4f}{future}")
-            if config.n_control:
-                log(f"Without the control: {untold:.4f}, so it is worth {untold - result:.4f} nats per token")
-            if above:
-                per_token = result - meta["entropy_nats_per_token"]
-                log(f"Above the stories' entropy: {per_token:.4f} nats per token, {sum(above):.2f} per story | "
-                    + " ".join(f"{name} {a:.2f}" for name, a in zip([*SLOTS, "rest"], above, strict=True)))
-            if on_terminal and tokenizer:  # so that one sees it learn
-                text = generate(model, torch.tensor([[end]], device=device), 30, 0.5, seed=0, end_token=end)[0, 1:]
-                bar.write("    " + " ".join(tokenizer.decode(text.tolist()).split()[:20]))
-            if result < best:
-                best = result
-                save(best_path)
+            evaluate = step % s["eval_interval"] == 0 or step == s["max_steps"]
+            if step % s["log_interval"] == 0 or evaluate or step == began_step + 1:
+                task, homeostatic = (all_reduce_sum(sums.clone()) / (counted * world)).tolist()
+                healthy = all_reduce_sum(torch.isfinite(norm).float()).item() == world or scaler.is_enabled()
+                if not math.isfinite(task) or not healthy:
+                    raise FloatingPointError(f"loss {task}, gradient norm {norm.item()}")
+                now = time.perf_counter()
+                epoch, place = divmod(step * s["grad_accum"] - 1, per_epoch)
+                scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+                log(f"Step: {step} | Ep: {epoch + 1} [{place + 1}/{per_epoch} ({100 * (place + 1) / per_epoch:.1f}%)] "
+                    f"| Loss: {task:.4f} | Reg: {homeostatic:.4f} | PPL: {math.exp(min(task, 700)):.2f} "
+                    f"| LR: {rate:.2e} | Scale: {scale:.1f} "
+                    f"| Tok/s: {counted * world * micro_tokens / (now - clock):.0f}{future}")
+                sums.zero_()
+                counted, clock = 0, now
+            if evaluate:
+                result, untold, above = validate()
+                log(f"Validation Result: Loss: {result:.4f} | Perplexity: {math.exp(min(result, 700)):.4f}{future}")
+                if config.n_control:
+                    log(f"Without the control: {untold:.4f}, so it is worth {untold - result:.4f} nats per token")
+                if above:
+                    per_token = result - meta["entropy_nats_per_token"]
+                    log(f"Above the stories' entropy: {per_token:.4f} nats per token, {sum(above):.2f} per story | "
+                        + " ".join(f"{name} {a:.2f}" for name, a in zip([*SLOTS, "rest"], above, strict=True)))
+                if on_terminal and tokenizer:  # so that one sees it learn
+                    text = generate(model, torch.tensor([[end]], device=device), 30, 0.5, seed=0, end_token=end)[0, 1:]
+                    bar.write("    " + " ".join(tokenizer.decode(text.tolist()).split()[:20]))
+                paths, best = (best_pt, latest) if result < best else (latest,), min(best, result)
+                from_rank_0(functools.partial(save, *paths))
+                clock = time.perf_counter()
+            if step == began_step + 1:
+                began = time.perf_counter()
+            elif step == began_step + 6:
+                left = (time.perf_counter() - began) / 5 * (s["max_steps"] - step) / 60
+                log(f"About {left:.1f} minutes to go, validation not counted")
+    except OSError:  # the disk is full, nobody reads the terminal, the data are gone
+        if rank == 0:
             save(latest)
-            clock = time.perf_counter()
-        if step == began_step + 1:
-            began = time.perf_counter()
-        elif step == began_step + 6:
-            left = (time.perf_counter() - began) / 5 * (s["max_steps"] - step) / 60
-            log(f"About {left:.1f} minutes to go, validation not counted")
+        raise
+    except FloatingPointError as error:
+        left = f"the last good checkpoint is {latest}" if os.path.exists(latest) else "there is no checkpoint"
+        log(f"Stopped: {error} at step {step}")
+        fail(f"loss, gradient or weights not finite at step {step}; {left}; try a lower --lr")
+        raise SystemExit(1) from None
     log("Training Complete.")
     bar.close()
 
@@ -475,9 +530,8 @@ def flops_per_token(c):
     """Multiplications and additions of a training step, per token: 2 for each weight of a matrix product in the forward
     pass and 4 in the backward pass. The tied head counts once, the look-up of an embedding and the folded query and
     key of the controller not; attention looks over half of the context on average. 111 M at the paper's sizes."""
-    controller = 2 * c.n_embd**2 + c.n_embd * c.ncn_hidden + 3 * c.n_layer * c.ncn_hidden if c.signals else 0
-    block = 4 * c.n_embd**2 + 2 * c.n_embd * (c.n_ffn or 4 * c.n_embd) + c.n_embd * c.block_size
-    return 6 * (c.n_layer * block + c.vocab_size * c.n_embd + controller)
+    not_products = c.n_embd * (c.block_size + (2 * c.n_embd + 1 if c.signals else 0))
+    return 6 * (c.n_weights() - not_products + c.n_layer * c.n_embd * c.block_size)
 
 
 def bench(args):
@@ -486,7 +540,7 @@ def bench(args):
     device = pick_device(args.device)
     s, _ = resolve_settings(args, device.type == "cuda")
     V = read_meta(args.data)["vocab_size"] if os.path.exists(os.path.join(args.data, "meta.json")) else 50257
-    config, static = model_config(s, V), model_config(s | {"signals": "none"}, V)
+    config, static = (model_config(s | signals, V, device) for signals in ({}, {"signals": "none"}))
     B, T = s["batch_size"], config.block_size
     x, y = torch.randint(V, (2, B, T), device=device)
     dtype = choose_dtype(device)[0] if args.dtype == "auto" else args.dtype
@@ -540,16 +594,14 @@ def bench(args):
         print(f"{'peak memory':<24}{peak / 2**20:>6,.0f} MiB   {(peak - empty) / 2**20:,.0f} of them for training")
 
 
+@command
 def main():
+    args = arguments()
     try:
-        args = arguments()
         bench(args) if args.bench else train(args)
-    except (ValueError, OSError) as error:
-        return fail(error)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
