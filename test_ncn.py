@@ -22,6 +22,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
@@ -2212,8 +2213,8 @@ def test_trouble_saves_the_state_first(train_here, trained, data, tmp_path, monk
 
     log = None
     monkeypatch.setattr(training, "open", opened, raising=False)
-    if trouble == "nohup":
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if trouble in ("nohup", "hangup"):  # the tests themselves may run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if trouble == "nohup" else signal.SIG_DFL)
     with monkeypatch.context() as context:
         at_step_5(context, event)
         status, error = train_here("--max_steps", 12, "--eval_interval", 100, "--log_interval", 1, data=str(folder))
@@ -3717,3 +3718,63 @@ def test_analyze_memory(tmp_path, monkeypatch, run_analyze):
     run_analyze(*look)
     assert "memory.png" in pictures(tmp_path)
     assert labels[:3] == ["whole story", "hero: learned at step 20", "friend: not learned"]
+
+
+# ==== The README ======================================================================================================
+README = (HERE / "README.md").read_text(encoding="utf-8")
+SNIPPETS = [textwrap.dedent(text) for text in re.findall(r"^ *```python\n(.*?)^ *```", README, re.S | re.M)]
+
+
+def test_readme_names_what_there_is(monkeypatch, capsys):
+    """Every file and picture, every flag, every name with an underscore, and the line of each equation."""
+    helps, modules = "", (analyze, kernels, ncn, prepare, sampling, training, torch)
+    for module in (analyze, prepare, sampling, training):
+        monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
+        with contextlib.suppress(SystemExit):
+            module.main()
+        helps += capsys.readouterr().out
+    torchruns = {"--nproc_per_node", "--nnodes", "--rdzv", "--max"}
+    assert set(re.findall(r"(?<![\w-])--[a-z]\w+", README)) <= set(re.findall(r"--[a-z]\w+", helps)) | torchruns
+    files = {file for file in re.findall(r"\]\((?!https?:|#)([^)#]+)", README)}
+    files |= set(re.findall(r"`([\w/]+\.(?:py|cu|txt|csv|png|svg))`", README))
+    assert len(files) > 10 and all((HERE / file).exists() for file in files), files
+    names = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)(?:\([^`]*\))?`", README)) - {"my_folder"}
+    assert all(name in NCNConfig.__dataclass_fields__ or any(hasattr(m, name) for m in modules) for name in names)
+    lines = (HERE / "ncn.py").read_text(encoding="utf-8").splitlines()
+    equations = re.findall(r"^\| \[(\d+)\]\(ncn\.py#L(\d+)\)", README, re.M)
+    assert [int(number) for number, _ in equations] == [*range(1, 20)]
+    for number, line in equations:
+        assert re.search(rf"Eq\..*\b{number}\b", lines[int(line) - 1]), (number, line)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+
+
+def test_readme_head_gates(tmp_path):
+    """The README's own signal, put into a copy of ncn.py: it starts near neutral and learns, the decoder refuses it."""
+    source = (HERE / "ncn.py").read_text(encoding="utf-8")
+    for hunk in re.search(r"```diff\n(.*?)```", README, re.S)[1].split("@@\n")[1:]:
+        old, new = ("".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[0] in " " + sign) for sign in "-+")
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    (tmp_path / "ncn.py").write_text(source, encoding="utf-8")
+    code = f"""import sys, torch
+sys.path.append({str(HERE)!r})
+from ncn import NCNConfig, ModulatedLM
+from sample import generate
+model, ids = ModulatedLM(NCNConfig(**{TINY!r})).eval(), torch.randint(61, (2, 12))
+signals = model.signals(ids)
+assert signals.shape == (2, 12, 2, 5) and (signals - 1).abs().max() < 0.06
+optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+for _ in range(10):
+    losses.append(model(ids[:, :-1], ids[:, 1:]).total)
+    optimizer.zero_grad()
+    losses[-1].backward()
+    optimizer.step()
+assert losses[-1] < losses[0] and model.controller.head_gates.weight.grad.abs().max() > 0
+generate(model, ids, 2)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "NotImplementedError" in done.stderr and "head_gates" in done.stderr, done.stderr
