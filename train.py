@@ -189,7 +189,8 @@ def learning_rate(step, s):
 def make_optimizer(model, s):
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrices],
                "weight_decay": s["weight_decay"] * matrices} for matrices in (True, False)]
-    return torch.optim.AdamW(groups, lr=s["lr"], betas=(s["beta1"], s["beta2"]), fused=not model.norm.weight.is_mps)
+    fused = model.norm.weight.device.type != "mps"
+    return torch.optim.AdamW(groups, lr=s["lr"], betas=(s["beta1"], s["beta2"]), fused=fused)
 
 
 def update(model, optimizer, scaler, s):
