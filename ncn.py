@@ -64,8 +64,8 @@ class NCNConfig:
         self.signals = tuple(name for name in SIGNALS if name in self.signals)
         check_salience(self.salience)
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "ncn_hidden", "ncn_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+            if type(size := getattr(self, name)) is not int or size < 1:
+                raise ValueError(f"{name} is {size}, it must be a whole number, at least 1")
         for name in ("n_head", "ncn_heads"):
             if self.n_embd % getattr(self, name):
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by {name} {getattr(self, name)}")

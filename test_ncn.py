@@ -1083,7 +1083,8 @@ def test_the_demonstration_shows_what_the_readme_explains(capsys):
     assert by_hand == ["1 3 4 3", "1.50 2.00 0.75", "6.00 9.00", "14.50 19.00"]
 
 
-@pytest.mark.parametrize("bad", [dict(n_head=3), dict(ncn_heads=5), dict(signals=("gain", "dopamine")), dict(n_ffn=-1),
+@pytest.mark.parametrize("bad", [dict(n_head=3), dict(ncn_heads=5), dict(n_head=True), dict(n_layer=2.0),
+                                 dict(signals=("gain", "dopamine")), dict(n_ffn=-1),
                                  dict(salience="psychic"), dict(n_layer=0), dict(dropout=1.0), dict(block_size=1),
                                  dict(homeostatic_lambda=-1.0), dict(n_control=-1), dict(n_control=1, signals=())])
 def test_config_refuses(bad):
