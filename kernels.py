@@ -29,10 +29,8 @@ import torch.nn.functional as F
 
 LOGIT_BYTES = 1 << 26  # bytes of logits that linear_cross_entropy holds at a time
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The five functions. In each, the lines before `launch(` prepare what the kernel reads and writes.
-
-
+# ---- The five functions ----------------------------------------------------------------------------------------------
+# In each, the lines before `launch(` prepare what the kernel reads and writes.
 def rms_norm(x, weight, eps=1e-5):
     """x / sqrt(mean(x^2) + eps) * weight, fp32 inside. x (..., d), weight (d,) -> (..., d) of x's dtype."""
     # Compiled, the formula: a Function's aliases (.to(), mul_()) lose their gradients in torch 2.11 (pytorch #180642)
@@ -259,8 +257,8 @@ def _softmax_loss(logits, targets, gradient):
     return loss, logits
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Compiling and launching. NVRTC, which every CUDA build of torch brings along, turns kernels.cu into a cubin at run
+# ---- Compiling and launching -----------------------------------------------------------------------------------------
+# NVRTC, which every CUDA build of torch brings along, turns kernels.cu into a cubin at run
 # time: no nvcc, no host compiler; a few seconds once, then kept on disk. torch.cuda._compile_kernel is not used, on
 # purpose: it asks for CUDA_HOME (and so fails on most machines), compiles the file again for each kernel, passes
 # integers in 32 bits, and changes from version to version.
@@ -449,10 +447,8 @@ def _row_grid(x, rows, width, few=False):
     return (_blocks(x, rows, groups, max(4, 1024 // (group * groups)) if few else 32), 1), (group, groups)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The table: `python kernels.py`. The tests run the same cases.
-
-
+# ---- The table: `python kernels.py` ----------------------------------------------------------------------------------
+# The tests run the same cases.
 def cases(rows, d, dtype, device="cpu", seed=0):
     """name -> (function, the same function for float64, inputs, bytes that forward and backward have to move). 4 and 5
     work on a copy, since they change their input: its bytes are counted too."""

@@ -44,9 +44,7 @@ from ncn import ModulatedLM, NCNConfig, has_form, load_file
 from prepare import SLOTS, command, control_windows, fail, label_slots, read_meta, read_tokens, rows_of, windows
 from sample import generate
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings. Each is a flag of the same name.
-
+# ---- Settings, each a flag of the same name --------------------------------------------------------------------------
 MODEL = asdict(NCNConfig(vocab_size=1)) | {"signals": "gain,precision,gate"}  # the paper's sizes are the defaults
 del MODEL["vocab_size"], MODEL["n_control"]  # the data's
 PAPER = MODEL | dict(
