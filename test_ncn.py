@@ -3163,7 +3163,7 @@ def damaged(content, rng):
         wild = [None, "x", -1, 0, 10**30, 1e300, math.nan, [], {}, True, torch.ones(3), torch.tensor(math.nan)]
         if isinstance(content, torch.Tensor) and rng.random() < 0.7:
             wild = [content[..., :-1] if content.dim() else content[None], content.double(), content.flatten(),
-                    content * math.inf, content * 1e38, content.int(), content[:1].expand(content.shape),
+                    content * math.inf, content * 1e38, content.int(), content.ravel()[0].expand(content.shape),
                     torch.ones(1).expand(10**6, 10**6), content.to_sparse(), content.to(torch.complex64)]
         return rng.choice(wild)
     copy = content.copy()
