@@ -725,15 +725,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = lambda message: sys.exit(fail(message))
-    add = parser.add_argument
+    add = parser.add_argument_group("of logs").add_argument
     add("log", nargs="*", metavar="LOG", help="training logs (default: out/training.log)")
-    add("--out", help="folder for the pictures (default: beside the first log or the checkpoint)")
     add("--compare", nargs="+", metavar="LOG", help="several settings and seeds: tables, comparison.png, runs.csv")
-    add("--ckpt", default="out/ckpt_best.pt", help="checkpoint that the following look into (default: %(default)s)")
-    add("--data", default="data", help="folder that prepare.py wrote (default: %(default)s)")
+    add = parser.add_argument_group("of a checkpoint").add_argument
     add("--memory", action="store_true", help="what 200 sampled demo stories keep: table, and memory.png from its log")
     add("--scan", metavar="TEXT", help="what the controller does to TEXT: brain_scan.png, attention_entropy.png")
     add("--audit", action="store_true", help="what each signal is worth, on validation data: tables and audit.png")
+    add("--ckpt", default="out/ckpt_best.pt", help="checkpoint to look into (default: %(default)s)")
+    add("--data", default="data", help="folder that prepare.py wrote (default: %(default)s)")
+    add = parser.add_argument_group("both").add_argument
+    add("--out", help="folder for the pictures (default: beside the first log or the checkpoint)")
     add("--device", choices=DEVICES, default="auto", help=DEVICE_HELP)
     args = parser.parse_args()
     looks = [look for look, on in ((memory, args.memory), (scan, args.scan is not None), (audit, args.audit)) if on]

@@ -24,6 +24,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+if __name__ == "__main__":  # while numpy loads, Ctrl-C just ends the script
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import tiktoken
 from tqdm import tqdm
@@ -678,9 +681,10 @@ def command(main):
 
 @command
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s [INPUT ...] [flags]",
+                                     allow_abbrev=False)
     parser.error = lambda message: sys.exit(fail(message))
-    add = parser.add_argument
+    add = parser.add_argument_group("text and tokens").add_argument
     add("inputs", nargs="*", metavar="INPUT",
         help=f"UTF-8 text files (stories separated by {END}; each may begin with a line '{CONTROL} 1 0.5', its label: "
              "numbers for the controller to read, as many in every story), folders (every *.txt below), tinystories "
@@ -691,10 +695,11 @@ def main():
     add("--tokenizer", help="gpt2, bytes, or words: the demo stories', else bytes (default: gpt2, but words for demo)")
     add("--vocab", choices=("full", "seen"), default="full",
         help="full, or of GPT-2's tokens only those seen in the text and their parts (default: %(default)s)")
-    add("--val_fraction", type=float, default=0.05, help="share of the stories to validate on (default: %(default)s)")
-    add("--seed", type=int, default=42, help="of the split and of demo (default: %(default)s)")
     add("--max_mb", type=float,
         help=f"MB (10^6 bytes) of text to use, to the last whole story (default: all; for demo {DEMO_MB})")
+    add("--val_fraction", type=float, default=0.05, help="share of the stories to validate on (default: %(default)s)")
+    add("--seed", type=int, default=42, help="of the split and of demo (default: %(default)s)")
+    add = parser.add_argument_group("labels, for the controller to read").add_argument
     add("--labels", action="store_true",
         help="label the demo stories: they end with a hug (1) or with words (-1), begin long (1) or short (-1)")
     add("--label", choices=LABELS,

@@ -429,10 +429,11 @@ def numbers(text):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0], usage="%(prog)s --prompt TEXT [flags]",
+                                     allow_abbrev=False)
     parser.error = lambda message: sys.exit(fail(message))
-    add, default = parser.add_argument, " (default: %(default)s)"
-    add("--prompt", required=True, help="the text to go on with")
+    add, default = parser.add_argument_group("the text").add_argument, " (default: %(default)s)"
+    add("--prompt", metavar="TEXT", required=True, help="the text to go on with")
     add("--ckpt", default="out/ckpt_best.pt", help="a checkpoint of train.py's or of the paper's authors" + default)
     add("--max_new_tokens", type=int, default=256, help="tokens to write at most, per sample" + default)
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token; higher: more varied" + default)
@@ -440,9 +441,7 @@ def arguments():
     add("--top_p", type=float, default=1.0, help="draw among the likeliest that hold this probability" + default)
     add("--num_samples", type=int, default=1, help="texts to write" + default)
     add("--seed", type=int, help="same seed, same text; by default another text each time")
-    add("--salience", choices=("causal", "reactive"),
-        help="what the controller sees: the text so far, or one token (the paper's cached inference); by default as "
-             "trained, and causal where that was global")
+    add = parser.add_argument_group("the controller").add_argument
     effects = "how strongly layers write", "how sharply they attend", "how much FFNs add"
     for name, effect in zip(SIGNALS, effects, strict=True):
         add(f"--{name}", type=float, default=1.0, help=f"multiply the {name} of every layer: {effect}" + default)
@@ -452,6 +451,10 @@ def arguments():
     add("--trace", choices=SIGNALS, help="colour each token by this signal, once the text is complete; in a terminal "
                                          "with colours only")
     add("--layer", type=int, help="the layer that --trace shows, from 0 (default: the mean of all)")
+    add("--salience", choices=("causal", "reactive"),
+        help="what the controller sees: the text so far, or one token (the paper's cached inference); by default as "
+             "trained, and causal where that was global")
+    add = parser.add_argument_group("the machine").add_argument
     add("--device", choices=DEVICES, default="auto", help=DEVICE_HELP)
     return parser.parse_args()
 

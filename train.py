@@ -54,65 +54,80 @@ LAPTOP = PAPER | dict(
     n_layer=3, n_head=4, n_embd=128, ncn_hidden=32, dropout=0.0, rows="aligned", batch_size=4, grad_accum=2,
     max_steps=2000, lr=2e-3, beta2=0.99, eval_interval=100, val_sequences=256, log_interval=10)
 HELP = {
-    "block_size": "context length, tokens",
-    "n_layer": "Transformer blocks",
-    "n_head": "attention heads per block",
-    "n_embd": "width of the model",
-    "n_ffn": "hidden width of the FFN; 0: 4 n_embd",
-    "dropout": "share of embeddings and branch outputs dropped in training",
-    "ncn_hidden": "hidden width of the controller",
-    "ncn_heads": "heads of the controller's salience pooling",
-    "homeostatic_lambda": "weight of the homeostatic penalty, the signals' mean squared distance from 1",
-    "signals": "signals the controller drives, with commas; none: no controller, the plain Transformer",
-    "salience": "what the controller sees: causal (the past), global (the past and the future, as the paper trains), "
-                "reactive (one token), constant (nothing: three learned numbers per layer)",
-    "start": "of the signals: neutral (1), or zero (biases of 0 as in the authors' code: precision 0.70, gate 0.5)",
-    "rows": "contiguous: the text cut every block_size tokens; aligned: a story each (BOS-aligned), padded",
-    "batch_size": "rows per micro-batch",
-    "grad_accum": "micro-batches per optimizer step, over all processes",
-    "max_steps": "optimizer steps; 0: one epoch",
-    "lr": "peak learning rate; cosine to 0 at max_steps",
-    "warmup_steps": "steps of linear warm-up",
-    "beta1": "AdamW's decay of the gradient's mean",
-    "beta2": "AdamW's decay of the gradient's square",
-    "weight_decay": "AdamW's weight decay, on matrices only",
-    "grad_clip": "largest norm of the gradient; 0: no clipping",
-    "eval_interval": "steps between validations, each followed by a checkpoint",
-    "val_sequences": "rows of the validation set, the same in every run",
-    "log_interval": "steps between log lines",
-    "seed": "of the weights, the data order and the dropout",
+    "training": {
+        "max_steps": "optimizer steps; 0: one epoch",
+        "batch_size": "rows per micro-batch",
+        "grad_accum": "micro-batches per optimizer step, over all processes",
+        "lr": "peak learning rate; cosine to 0 at max_steps",
+        "seed": "of the weights, the data order and the dropout",
+        "rows": "contiguous: the text cut every block_size tokens; aligned: a story each (BOS-aligned), padded",
+    },
+    "the controller": {
+        "signals": "signals the controller drives, with commas; none: no controller, the plain Transformer",
+        "salience": "what the controller sees: causal (the past), global (the past and the future, as the paper "
+                    "trains), reactive (one token), constant (nothing: three learned numbers per layer)",
+        "homeostatic_lambda": "weight of the homeostatic penalty, the signals' mean squared distance from 1",
+        "start": "of the signals: neutral (1), or zero (biases of 0 as in the authors' code: precision 0.70, gate 0.5)",
+        "ncn_hidden": "hidden width of the controller",
+        "ncn_heads": "heads of the controller's salience pooling",
+    },
+    "the Transformer": {
+        "block_size": "context length, tokens",
+        "n_layer": "Transformer blocks",
+        "n_head": "attention heads per block",
+        "n_embd": "width of the model",
+        "n_ffn": "hidden width of the FFN; 0: 4 n_embd",
+        "dropout": "share of embeddings and branch outputs dropped in training",
+    },
+    "validation and log": {
+        "eval_interval": "steps between validations, each followed by a checkpoint",
+        "val_sequences": "rows of the validation set, the same in every run",
+        "log_interval": "steps between log lines",
+    },
+    "AdamW": {
+        "warmup_steps": "steps of linear warm-up",
+        "beta1": "decay of the gradient's mean",
+        "beta2": "decay of the gradient's square",
+        "weight_decay": "weight decay, on matrices only",
+        "grad_clip": "largest norm of the gradient; 0: no clipping",
+    },
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TO_RESUME = dict(settings=PAPER, dtype="", step=0, best=0.0, data={}, scaler={}, optimizer={"state": {}})
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage="%(prog)s [flags]", allow_abbrev=False)
     parser.error = lambda message: sys.exit(fail(message))
-    add = parser.add_argument
+    run = parser.add_argument_group("the run")
+    add, begin = run.add_argument, run.add_mutually_exclusive_group()
     add("--preset", choices=("auto", "paper", "laptop"), default="auto", help="auto: paper with a GPU, laptop without")
     add("--data", default="data", help="folder that prepare.py wrote (default: data)")
     add("--out", default="out", help="folder for training.log and checkpoints (default: out)")
-    begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="go on from OUT/ckpt_latest.pt with its settings")
     begin.add_argument("--init", metavar="FILE",
                        help="begin with this checkpoint's weights, on any data of its vocabulary, as a new run. With "
                             "--lr 0 --max_steps 1 it is only validated")
+    for title, flags in HELP.items():
+        add = parser.add_argument_group(title).add_argument
+        for name, text in flags.items():
+            kind = type(PAPER[name])
+            default = f"{PAPER[name]}" if PAPER[name] == LAPTOP[name] else f"paper {PAPER[name]}, laptop {LAPTOP[name]}"
+            add(f"--{name}", type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind],
+                help=f"{text} (default: {default})")
+    add = parser.add_argument_group("the machine").add_argument
     add("--device", choices=DEVICES, default="auto", help=DEVICE_HELP)
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="of the matrix products; auto: bf16 where it is fast, else fp16 on a GPU, fp32 on a CPU")
     add("--checkpoint_blocks", action="store_true", help="keep each block's input alone: less memory, more work")
     add("--compile", action="store_true", help="torch.compile the model: minutes to start, and slower on a CPU")
     add("--bench", action="store_true", help="train nothing: time steps with and without the controller")
-    for name, text in HELP.items():
-        default = f"{PAPER[name]}" if PAPER[name] == LAPTOP[name] else f"paper {PAPER[name]}, laptop {LAPTOP[name]}"
-        add(f"--{name}", type=type(PAPER[name]), help=f"{text} (default: {default})")
     return parser.parse_args()
 
 
 def resolve_settings(args, cuda, ckpt=None):
     """The run's settings: a preset or the checkpoint's, overridden by flags; with the reasons, as lines to print."""
-    given = {name: getattr(args, name) for name in HELP if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in PAPER if getattr(args, name) is not None}
     if ckpt:
         s, notes = ckpt["settings"], []
         changed = sorted(name for name in given if given[name] != s[name])
@@ -128,7 +143,7 @@ def resolve_settings(args, cuda, ckpt=None):
     s = s | given
     for names, allowed, rule in (
             ("batch_size grad_accum log_interval eval_interval val_sequences", lambda x: x >= 1, "at least 1"),
-            ("max_steps warmup_steps lr weight_decay grad_clip seed", lambda x: 0 <= x < math.inf, "0 or more"),
+            ("max_steps warmup_steps lr weight_decay grad_clip seed", lambda x: 0 <= x < 1e18, "0 to 1e18"),
             ("beta1 beta2", lambda x: 0 <= x < 1, "in [0, 1)"),
             ("rows", lambda x: x in ("contiguous", "aligned"), "contiguous or aligned"),
             ("start", lambda x: x in ("neutral", "zero"), "neutral or zero")):
@@ -145,7 +160,8 @@ def model_config(s, vocab_size, device, n_control=0):
     memory = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else
               os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf)
     if (need := 16 * config.n_weights()) > memory:  # float32: a weight, its gradient and AdamW's two means
-        raise ValueError(f"this model needs over {need >> 30:,} GiB to train, there are {memory / 2**30:.1f}")
+        need = min(need >> 30, 10**9)
+        raise ValueError(f"this model needs over {need:,} GiB to train, there are {memory / 2**30:.1f}")
     return config
 
 
@@ -433,7 +449,7 @@ def train(args):
     if model.controller:
         n_ffn = (config.n_ffn or 4 * config.n_embd) + round(n_controller / config.n_layer / (2 * config.n_embd + 1))
         log(f"A static model of this size: --signals none --n_ffn {n_ffn}")
-    log("Settings: " + " ".join(f"{name}={s[name]}" for name in HELP if not name.endswith("_interval")))
+    log("Settings: " + " ".join(f"{name}={s[name]}" for name in PAPER if not name.endswith("_interval")))
     log(f"Data: {args.data} sha256={meta['train_sha256'][:12]} tokenizer={meta['tokenizer']} "
         f"vocab_size={meta['vocab_size']}"
         + (f" n_control={config.n_control} ({', '.join(meta['controls'])})" if config.n_control else ""))
