@@ -143,7 +143,7 @@ def resolve_settings(args, cuda, ckpt=None):
     s = s | given
     for names, allowed, rule in (
             ("batch_size grad_accum log_interval eval_interval val_sequences", lambda x: x >= 1, "at least 1"),
-            ("max_steps warmup_steps lr weight_decay grad_clip seed", lambda x: 0 <= x < 1e18, "0 to 1e18"),
+            ("max_steps warmup_steps lr weight_decay grad_clip seed", lambda x: 0 <= x < 1e300, "0 to 1e300"),
             ("beta1 beta2", lambda x: 0 <= x < 1, "in [0, 1)"),
             ("rows", lambda x: x in ("contiguous", "aligned"), "contiguous or aligned"),
             ("start", lambda x: x in ("neutral", "zero"), "neutral or zero")):
@@ -289,7 +289,8 @@ def train(args):
                          f"choose a multiple of {world}")
 
     # Data. A row is a window or a story; a micro-batch is B rows, an epoch all rows in an order of its own.
-    if (ckpt["data"] if ckpt else meta) != meta or read_meta(args.data) != meta:
+    # As text, since a damaged one may hold tensors, which have no one answer to "equal?".
+    if repr(ckpt["data"] if ckpt else meta) != repr(meta) or read_meta(args.data) != meta:
         raise ValueError(f"{args.data} is not the data this run began with: it needs the same, prepared the same way")
     tokenizer, end, T, B = None, meta["vocab_size"] - 1, s["block_size"], s["batch_size"]
     with contextlib.suppress(ConnectionError):  # no GPT-2 vocabulary: no sample lines on a terminal
