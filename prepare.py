@@ -565,7 +565,7 @@ def read_meta(folder):
 
 def is_sound(meta):
     """Whether metadata, out of meta.json or a checkpoint, are such as write_tokens makes, so that they can be used."""
-    with contextlib.suppress(AttributeError, KeyError, TypeError, RuntimeError):     # the last: a tensor, asked
+    with contextlib.suppress(AttributeError, LookupError, TypeError, RuntimeError):  # it may be a tensor
         name, size, words = meta["tokenizer"], meta["vocab_size"], meta.get("vocabulary")
         nats, kinds = [meta.get(f"entropy_nats_per_{unit}") for unit in ("story", "token")], {*map(type, words or ())}
         return type(size) is int and 1 <= size <= 1 << 16 and (
