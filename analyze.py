@@ -445,7 +445,7 @@ def plot_comparison(groups, pairs, folder):
              title="By step: mean and range of the seeds")
     right.set(xlabel="training time without validation (minutes)", title="The same by time")
     below.set(xlabel="optimizer step", ylabel="difference (nats per token)",
-              title=f"Difference to {next(iter(groups))}, seed by seed, with its 95% interval")
+              title="Difference to the first group, seed by seed, with its 95% interval")
     fig.legend(loc="outside lower center", ncols=2, title="group (seeds)")
     save(fig, folder, "comparison.png")
 
