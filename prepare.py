@@ -565,8 +565,8 @@ def read_meta(folder):
 
 def is_sound(meta):
     """Whether metadata, out of meta.json or a checkpoint, are such as write_tokens makes, so that they can be used."""
-    with contextlib.suppress(AttributeError, LookupError, TypeError, RuntimeError):  # it may be a tensor
-        name, size, words = meta["tokenizer"], meta["vocab_size"], meta.get("vocabulary")
+    with contextlib.suppress(AttributeError, KeyError, TypeError, RuntimeError):  # the last two: there may be tensors
+        name, size, words = {**meta}["tokenizer"], meta["vocab_size"], meta.get("vocabulary")
         nats, kinds = [meta.get(f"entropy_nats_per_{unit}") for unit in ("story", "token")], {*map(type, words or ())}
         return type(size) is int and 1 <= size <= 1 << 16 and (
             words is None and size == {"gpt2": GPT2, "bytes": 257}[name]
