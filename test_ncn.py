@@ -2462,6 +2462,11 @@ def test_resume_refuses(trained, data, tmp_path, capsys, monkeypatch):
     other = tmp_path / "other"
     run("prepare.py", "demo", "--max_mb", "0.05", "--seed", "1", "--out", other)
     assert "not the data" in refusal(training, capsys, monkeypatch, "--data", other, "--out", trained[0], "--resume")
+    ckpt = torch.load(trained[0] / "ckpt_latest.pt", weights_only=True)
+    ckpt["data"]["train_tokens"] = torch.ones(3)
+    torch.save(ckpt, tmp_path / "ckpt_latest.pt")
+    assert "not the data" in refuse("--out", tmp_path, "--resume")
+    assert not any(map(prepare.is_sound, (torch.ones(3), BYTES | {"vocabulary": torch.ones(3)})))
     assert same_weights(torch.load(trained[0] / "ckpt_latest.pt", weights_only=True), trained[1])
 
 
