@@ -200,7 +200,7 @@ def salience_pool(scores, values, chunk=32):
     pad = n * chunk - T
     s = F.pad(scores, (0, pad), value=-math.inf).unflatten(-1, (n, chunk))  # (B, h, n, C)
     v = F.pad(values, (0, 1, 0, pad), value=1.0).unflatten(-2, (n, chunk))  # (B, h, n, C, e + 1): its last sum is total
-    # The maxima only set scales that cancel, top between the sums, peak between weight and before: no gradient.
+    # The maxima set the scales of sums whose quotient is taken: they cancel, and need no gradient.
     top = s.detach().flatten(-2).cummax(-1).values.unflatten(-1, (n, chunk))  # (B, h, n, C), over all of 0..t
     peak = s.detach().amax(-1)  # (B, h, n), of each chunk
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=s.device).triu(1)
