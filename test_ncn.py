@@ -2173,11 +2173,12 @@ def test_one_training_per_folder_and_repeated_signals(data, tmp_path, capsys, mo
         assert any("Step: 6 " in line for line in process.stdout)
         for more in ((), ("--resume",)):
             assert "another training is at work" in refusal(training, capsys, monkeypatch, *flags, 6, *more)
+        assert any("Step: " in line for line in process.stdout)  # it goes on, however slow the machine
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             process.send_signal(number)
         process.stdout.read()
     assert process.returncode in (143, 130) and not (tmp_path / "previous").exists()
-    assert torch.load(tmp_path / "ckpt_latest.pt", weights_only=True)["step"] >= 6
+    assert torch.load(tmp_path / "ckpt_latest.pt", weights_only=True)["step"] > 6
 
 
 def at_step_5(monkeypatch, event):
