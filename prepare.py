@@ -24,9 +24,6 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-if __name__ == "__main__":  # while numpy loads, Ctrl-C just ends the script
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import numpy as np
 import tiktoken
 from tqdm import tqdm

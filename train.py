@@ -160,8 +160,7 @@ def model_config(s, vocab_size, device, n_control=0):
     memory = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else
               os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf)
     if (need := 16 * config.n_weights()) > memory:  # float32: a weight, its gradient and AdamW's two means
-        need = min(need >> 30, 10**9)
-        raise ValueError(f"this model needs over {need:,} GiB to train, there are {memory / 2**30:.1f}")
+        raise ValueError(f"this model needs over {min(need >> 30, 10**9):,} GiB to train, found {memory / 2**30:.1f}")
     return config
 
 
@@ -289,8 +288,7 @@ def train(args):
                          f"choose a multiple of {world}")
 
     # Data. A row is a window or a story; a micro-batch is B rows, an epoch all rows in an order of its own.
-    # As text, since a damaged one may hold tensors, which have no one answer to "equal?".
-    if repr(ckpt["data"] if ckpt else meta) != repr(meta) or read_meta(args.data) != meta:
+    if repr(ckpt["data"] if ckpt else meta) != repr(meta) or read_meta(args.data) != meta:  # repr: it may hold tensors
         raise ValueError(f"{args.data} is not the data this run began with: it needs the same, prepared the same way")
     tokenizer, end, T, B = None, meta["vocab_size"] - 1, s["block_size"], s["batch_size"]
     with contextlib.suppress(ConnectionError):  # no GPT-2 vocabulary: no sample lines on a terminal
