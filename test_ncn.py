@@ -2043,11 +2043,12 @@ def test_training_writes_the_papers_log(trained, data):
 
 
 @pytest.mark.parametrize("labels", [[], ["--labels"]])
-def test_demo_stories_are_told_apart_by_slot(tmp_path, labels):
+def test_demo_stories_are_told_apart_by_slot(tmp_path, train_here, monkeypatch, labels):
     """A row per story: the log's nats above the entropy, by slot, are those computed here story by story."""
     folder, out = tmp_path / "data", tmp_path / "out"
-    run("prepare.py", "demo", "--max_mb", "0.05", "--out", folder, *labels, check=True)
-    train_run(folder, out, "--max_steps", 4, "--block_size", 160, "--rows", "aligned", "--val_sequences", 1000)
+    assert prepare_here(monkeypatch, "demo", "--max_mb", "0.05", "--out", folder, *labels) == 0
+    flags = "--max_steps", 4, "--block_size", 160, "--rows", "aligned", "--val_sequences", 1000
+    assert train_here(*flags, data=str(folder))[0] == 0
     log = (out / "training.log").read_text()
     above = re.search(r"entropy: ([-\d.]+) nats per token, ([-\d.]+) per story \| (.*)", log)
     per_token, per_story, slots = above.groups()
@@ -2151,8 +2152,8 @@ for i in range(int(sys.argv[2])):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 def test_killed_at_random_moments(data, tmp_path):
-    """NCN_KILLS runs (10), killed at a random moment, also while a checkpoint is written, and resumed: bit-equal."""
-    kills = int(os.environ.get("NCN_KILLS", 10))
+    """NCN_KILLS runs (5), killed at a random moment, also while a checkpoint is written, and resumed: bit-equal."""
+    kills = int(os.environ.get("NCN_KILLS", 5))
     args = [*SMALL, "--data", data, "--max_steps", "20", "--eval_interval", "1", "--val_sequences", "1"]
     done = subprocess.run([sys.executable, "-c", KILLER, tmp_path, str(kills), *args], cwd=HERE, capture_output=True,
                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -2365,12 +2366,12 @@ def test_a_process_that_dies_ends_the_run(data, tmp_path):
 
 @pytest.mark.parametrize("flags", ["--signals none --n_ffn 70", "--signals gain,gate --start zero", "--rows aligned",
                                    "--salience global --dtype bf16"])
-def test_other_models_train_too(data, tmp_path, flags):
-    train_run(data, tmp_path, "--max_steps", 4, *flags.split())
-    log = (tmp_path / "training.log").read_text()
+def test_other_models_train_too(tmp_path, train_here, flags):
+    assert train_here("--max_steps", 4, *flags.split())[0] == 0
+    log = (tmp_path / "out" / "training.log").read_text()
     assert len(VAL_LINE.findall(log)) == 1
     assert log.count("sees the future, no likelihood") == ("global" in flags) * 4  # three steps, one validation
-    model = ModulatedLM.load(tmp_path / "ckpt_best.pt")
+    model = ModulatedLM.load(tmp_path / "out" / "ckpt_best.pt")
     assert (model.controller is None) == ("none" in flags)
     if "zero" in flags:  # the authors' start: precision softplus(0) + 0.01, gate and gain not pinned
         assert "Reg: 0.0025" in log  # 0.01 * (0.5^2 of the gate)
@@ -2439,12 +2440,13 @@ def test_unused_weights_under_torchrun(data, tmp_path, salience):
     assert done.returncode == 0, done.stderr
 
 
-def test_an_earlier_run_is_set_aside(data, tmp_path):
-    first = train_run(data, tmp_path, "--max_steps", 2)
-    train_run(data, tmp_path, "--max_steps", 3, "--seed", 7)
-    train_run(data, tmp_path, "--max_steps", 2, "--seed", 8)
-    assert same_weights(torch.load(tmp_path / "previous" / "1" / "ckpt_latest.pt", weights_only=True), first)
-    logs = [(tmp_path / name / "training.log").read_text() for name in ("previous/1", "previous/2", ".")]
+def test_an_earlier_run_is_set_aside(tmp_path, train_here):
+    out = tmp_path / "out"
+    assert train_here("--max_steps", 2)[0] == 0
+    first = torch.load(out / "ckpt_latest.pt", weights_only=True)
+    assert train_here("--max_steps", 3, "--seed", 7)[0] == train_here("--max_steps", 2, "--seed", 8)[0] == 0
+    assert same_weights(torch.load(out / "previous" / "1" / "ckpt_latest.pt", weights_only=True), first)
+    logs = [(out / name / "training.log").read_text() for name in ("previous/1", "previous/2", ".")]
     assert [log.count("Training Complete.") for log in logs] == [1, 1, 1] and len(set(logs)) == 3
 
 
@@ -2958,8 +2960,8 @@ def test_generation_leaves_the_model_as_it_was():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory from /proc")
 def test_generation_needs_no_more_memory_as_it_goes_on():
     model, resident = lively(), []
-    for n, _ in enumerate(stream(model, tokens(1, 4), 6000, seed=0)):
-        if n % 1000 == 999:
+    for n, _ in enumerate(stream(model, tokens(1, 4), 3000, seed=0)):
+        if n % 500 == 499:
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
     assert len(resident) == 6 and resident[-1] - resident[0] < 1e6, resident
 
@@ -3036,8 +3038,8 @@ def test_sampling_writes_text(trained, monkeypatch, capsys):
         return run("sample.py", "--prompt", "Once upon", "--ckpt", ckpt, "--seed", 3, *args,
                    env=os.environ | {"PYTHONUTF8": "1"})
 
-    one, again, three = say(), say(), say("--num_samples", 3)
-    assert one.returncode == three.returncode == 0 and one.stdout == again.stdout
+    one, three = say(), say("--num_samples", 3)
+    assert one.returncode == three.returncode == 0
     assert one.stdout.startswith("Once upon") and len(one.stdout) > 60
     assert re.fullmatch(r"\d+ tokens in [\d.]+ s: \d+ tokens/s, after the first 4 \d+ tokens/s\n", one.stderr)
     for count in (0, 4):  # no rate where nothing follows the start-up
@@ -3161,7 +3163,7 @@ def test_a_terminal_obeys_no_text(trained, capsys, monkeypatch):
     assert not controls(re.sub(r"\x1b\[(48;5;\d+;38;5;\d+|0)m", "", painted)) and "\x1b[0m" in painted
 
 
-FUZZ = int(os.environ.get("NCN_FUZZ", 100))
+FUZZ = int(os.environ.get("NCN_FUZZ", 60))
 
 
 def damaged(content, rng):
@@ -3190,7 +3192,7 @@ def cut(data, rng):
 
 
 def test_fuzz(trained, data, train_here, tmp_path, capsys, monkeypatch, run_analyze):
-    """NCN_FUZZ (100) damaged checkpoints, logs and meta.json files: what comes is a result, or the one line."""
+    """NCN_FUZZ (60) damaged checkpoints, logs and meta.json files: what comes is a result, or the one line."""
     (out := tmp_path / "out").mkdir()
     shutil.copytree(data, folder := tmp_path / "data")
     whole = {path.name: path.read_bytes() for path in (*trained[0].iterdir(), *folder.iterdir()) if path.is_file()}
