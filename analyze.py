@@ -322,7 +322,8 @@ def read_groups(paths):
         path, setup = run["path"], run["setup"] | run["data"]
         if "seed" not in setup:
             raise ValueError(f"{path} does not name its settings and its seed: only train.py's logs can be compared")
-        model, seed = tuple((name, setup.pop(name, "unset")) for name in MODEL), int(setup.pop("seed"))
+        model, seed = [(name, setup.pop(name, "unset")) for name in MODEL], int(setup.pop("seed"))
+        model = (*model, ("parameters", run["parameters"]))  # they tell of a change in the code
         first = first or (path, setup, model)
         if differ := [f"{name} ({first[1].get(name)}, {setup.get(name)})" for name in first[1] | setup
                       if first[1].get(name) != setup.get(name)]:
@@ -337,7 +338,10 @@ def read_groups(paths):
     if len(dtypes := {run["dtype"] for group in groups.values() for run in group.values()}) > 1:
         print(f"Not all runs computed in the same precision, but in {', '.join(sorted(dtypes))}")
     groups = {base: groups.pop(base)} | groups
-    varied = [pairs[0][0] for pairs in zip(*groups, strict=True) if len(set(pairs)) > 1] or ["signals", "salience"]
+    # The parameters are told only where nothing else tells two groups apart.
+    n = -1 if len({model[:-1] for model in groups}) == len(groups) else None
+    varied = [pairs[0][0] for pairs in zip(*(model[:n] for model in groups), strict=True) if len(set(pairs)) > 1]
+    varied = varied or ["signals", "salience"]
     return {" ".join(f"{name}={value}".replace(",".join(SIGNALS), "all") for name, value in model
                      if name in varied and (model == base or (name, value) not in base)):
             dict(sorted(group.items())) for model, group in groups.items()}

@@ -3511,6 +3511,9 @@ def test_analyze_compare_few_and_unequal_runs(tmp_path, run_analyze):
         assert word in run_analyze("--compare", *paths, compared(tmp_path, 0, 1.9, **settings), refused=True)
     out = run_analyze("--compare", *paths)
     assert [line.split()[-4:] for line in out.splitlines() if "n_embd=64" in line] == [["-0.1000", "-", "-", "29"]]
+    other = Path(compared(tmp_path, 0, 1.8))  # of other code: the same settings, but more parameters
+    other.write_text(other.read_text().replace("2,084,297", "2,084,693"))
+    assert "parameters=2,084,693" in run_analyze("--compare", paths[0], other) and "parameters=" not in out
     with open(paths[1], "a") as file:
         file.writelines(said("Stopped: loss nan, gradient norm nan at step 31"))
     out = run_analyze("--compare", *paths)
