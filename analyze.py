@@ -687,8 +687,10 @@ def audit(model, tokenizer, run, args, folder, budget=32768):
     if "prefix only" in added:
         print(f"As trained, every position sees the future: {base.mean():.4f} is no likelihood. The honest loss is "
               f"{loss['prefix only'].mean():.4f}; the leak is {added['prefix only'][0]:+.4f} nats.")
-    gate = s[..., 2].cpu().numpy()  # (N, L)
-    print("\nShare of tokens with the gate below 0.5, by layer:", *(f"{x:.1%}" for x in (gate < 0.5).mean(0)))
+    s, gate = s.cpu().numpy(), s[..., 2].cpu().numpy()  # (N, L, 3), (N, L)
+    print("\nMean ± standard deviation of each signal over these tokens, and the share of gates below 0.5")
+    table({"layer": "", **dict.fromkeys(SIGNALS, ""), "gates below 0.5": ".1%"}, [
+        [i, *(f"{x.mean():.3f} ± {x.std():.3f}" for x in s[:, i].T), (g < 0.5).mean()] for i, g in enumerate(gate.T)])
 
     # Two kinds of text as far apart as can be had without another download: stories, and this very program.
     T = min(T, 128)

@@ -3648,7 +3648,7 @@ def test_analyze_scan_and_audit(tmp_path, monkeypatch, run_analyze, config):
     monkeypatch.chdir(tmp_path)
     out = run_analyze("--scan", "He paid $5,\nbut it was empty.", "--audit")
     assert all(words in out for words in ("Specialisation", "Phasic", "story (tonic) / position / token",
-                                          "Attention entropy", "as trained", "gate below 0.5", "Gradient shielding"))
+                                          "Attention entropy", "as trained", "gates below 0.5", "Gradient shielding"))
     assert ("the leak is" in out) == (config.get("salience") == "global")
     assert pictures(tmp_path / "out") == ["attention_entropy.png", "audit.png", "brain_scan.png"]
     # Without validation stories the scan still works, and says what it leaves out.
