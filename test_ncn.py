@@ -2317,6 +2317,22 @@ def test_a_control_is_dropped_now_and_then():
     assert training.drop_control(None, 1, 1) is None
 
 
+def test_a_control_counts_by_how_much_it_varies(tmp_path, monkeypatch, train_here):
+    """A new run divides its weights by the standard deviation of the labels; one that never varies keeps them."""
+    numbers = [(0.1 * (i % 4), 7.3, 1000.0 * (i % 3)) for i in range(60)]
+    stories = (f"{prepare.CONTROL} {' '.join(map(str, x))}\nOnce there was a cat, number {i}." for i, x in enumerate(numbers))
+    (tmp_path / "text.txt").write_text(f"\n{END}\n".join(stories))
+    data = tmp_path / "data"
+    assert prepare_here(monkeypatch, tmp_path / "text.txt", "--tokenizer=bytes", "--val_fraction=0.3", "--out", data) == 0
+    assert train_here("--max_steps", 1, "--lr", 0, "--seed", 5, data=str(data))[0] == 0
+    model = ModulatedLM.load(tmp_path / "out" / "ckpt_latest.pt")
+    torch.manual_seed(5)
+    start = ModulatedLM(model.config).controller.control.weight
+    told = np.fromfile(data / "train.control.bin", "<f4").reshape(-1, 3).astype(float)
+    sd = torch.from_numpy(told.std(0)).float()
+    torch.testing.assert_close(model.controller.control.weight, start / torch.tensor([sd[0], 1, sd[2]]))
+
+
 def test_labelled_stories_resume_and_share(tmp_path, monkeypatch):
     """Killed and resumed, the run is the uninterrupted one bit for bit; two processes compute what one does."""
     data, flags = tmp_path / "data", ("--max_steps", 6, "--log_interval", 1)

@@ -337,6 +337,9 @@ def train(args):
             raise ValueError(f"--init {args.init} is another model: the same {differ[0]} is needed")
     elif model.controller and s["start"] == "zero" and not ckpt:
         torch.nn.init.zeros_(model.controller.layer2.bias)
+    if labels and not (ckpt or args.init):  # a control counts by how much it varies, whatever its unit
+        told = labels[0].astype(float)
+        model.controller.control.weight.data /= torch.from_numpy(np.where(np.ptp(told, 0) > 0, told.std(0), 1)).float()
     model.to(device).train()
     if args.dtype != "auto":
         dtype, why = args.dtype, "as --dtype says"
