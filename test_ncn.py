@@ -2320,10 +2320,10 @@ def test_a_control_is_dropped_now_and_then():
 def test_a_control_counts_by_how_much_it_varies(tmp_path, monkeypatch, train_here):
     """A new run divides its weights by the standard deviation of the labels; one that never varies keeps them."""
     numbers = [(0.1 * (i % 4), 7.3, 1000.0 * (i % 3)) for i in range(60)]
-    stories = (f"{prepare.CONTROL} {' '.join(map(str, x))}\nOnce there was a cat, number {i}." for i, x in enumerate(numbers))
+    stories = (f"{prepare.CONTROL} {a} {b} {c}\nOnce there was cat number {i}." for i, (a, b, c) in enumerate(numbers))
     (tmp_path / "text.txt").write_text(f"\n{END}\n".join(stories))
-    data = tmp_path / "data"
-    assert prepare_here(monkeypatch, tmp_path / "text.txt", "--tokenizer=bytes", "--val_fraction=0.3", "--out", data) == 0
+    data, flags = tmp_path / "data", ("--tokenizer=bytes", "--val_fraction=0.3")
+    assert prepare_here(monkeypatch, tmp_path / "text.txt", *flags, "--out", data) == 0
     assert train_here("--max_steps", 1, "--lr", 0, "--seed", 5, data=str(data))[0] == 0
     model = ModulatedLM.load(tmp_path / "out" / "ckpt_latest.pt")
     torch.manual_seed(5)
