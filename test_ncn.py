@@ -3757,7 +3757,7 @@ SNIPPETS = [textwrap.dedent(text) for text in re.findall(r"^ *```python\n(.*?)^ 
 
 def test_readme_names_what_there_is(monkeypatch, capsys):
     """Every file and picture, every flag, every name with an underscore, and the line of each equation."""
-    helps, modules = "", (analyze, kernels, ncn, prepare, sampling, training, torch)
+    helps, modules = "", (analyze, kernels, ncn, prepare, sampling, training, torch, NCNConfig, ModulatedLM)
     for module in (analyze, prepare, sampling, training):
         monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
         with contextlib.suppress(SystemExit):
