@@ -546,6 +546,11 @@ def label(token, tokenizer):
     return "".join(c if c.isprintable() and ord(c) < 0x2200 else "?" for c in text)
 
 
+def spread(s):
+    """Signals (N, L, 3) -> for each layer, mean ± standard deviation of its three over the tokens, as text."""
+    return [[f"{x.mean():.3f} ± {x.std():.3f}" for x in layer.T] for layer in s.swapaxes(0, 1)]
+
+
 def variance_shares(s):
     """Where the signals' variance comes from: s (stories, T, L, 3), the stories aligned at their first token ->
     (3, L, 3), the shares of the story (tonic), the position, and the token (phasic), which sum to 1 (two-way analysis
@@ -583,7 +588,7 @@ def scan(model, tokenizer, run, args, folder):
     labels, s = [label(t, tokenizer) for t in tokens[: c.block_size]], model.signals(ids)[0].cpu().numpy()  # (T, L, 3)
     columns, layers = dict.fromkeys(["layer", *SIGNALS], ""), range(c.n_layer)
     print("\nSpecialisation: mean ± standard deviation of each signal over the text's tokens")
-    table(columns, [[i, *(f"{x.mean():.3f} ± {x.std():.3f}" for x in s[:, i].T)] for i in layers])
+    table(columns, [[i, *row] for i, row in enumerate(spread(s))])
     jump = np.abs(np.diff(s, axis=0)).mean(1)  # (T - 1, 3)
     print("\nPhasic reactivity: the tokens at which each signal moves most (change, mean of the layers' sizes)")
     for i, name in enumerate(SIGNALS):
@@ -687,10 +692,11 @@ def audit(model, tokenizer, run, args, folder, budget=32768):
     if "prefix only" in added:
         print(f"As trained, every position sees the future: {base.mean():.4f} is no likelihood. The honest loss is "
               f"{loss['prefix only'].mean():.4f}; the leak is {added['prefix only'][0]:+.4f} nats.")
-    s, gate = s.cpu().numpy(), s[..., 2].cpu().numpy()  # (N, L, 3), (N, L)
+    s = s.cpu().numpy()
+    gate = s[..., 2]  # (N, L)
     print("\nMean ± standard deviation of each signal over these tokens, and the share of gates below 0.5")
-    table({"layer": "", **dict.fromkeys(SIGNALS, ""), "gates below 0.5": ".1%"}, [
-        [i, *(f"{x.mean():.3f} ± {x.std():.3f}" for x in s[:, i].T), (g < 0.5).mean()] for i, g in enumerate(gate.T)])
+    table({"layer": "", **dict.fromkeys(SIGNALS, ""), "gates below 0.5": ".1%"},
+          [[i, *row, closed] for i, (row, closed) in enumerate(zip(spread(s), (gate < 0.5).mean(0), strict=True))])
 
     # Two kinds of text as far apart as can be had without another download: stories, and this very program.
     T = min(T, 128)

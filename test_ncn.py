@@ -2976,8 +2976,8 @@ def test_generation_leaves_the_model_as_it_was():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory from /proc")
 def test_generation_needs_no_more_memory_as_it_goes_on():
     model, resident = lively(), []
-    for n, _ in enumerate(stream(model, tokens(1, 4), 3000, seed=0)):
-        if n % 500 == 499:
+    for n, _ in enumerate(stream(model, tokens(1, 4), 6000, seed=0)):
+        if n % 1000 == 999:
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
     assert len(resident) == 6 and resident[-1] - resident[0] < 1e6, resident
 
@@ -3054,8 +3054,8 @@ def test_sampling_writes_text(trained, monkeypatch, capsys):
         return run("sample.py", "--prompt", "Once upon", "--ckpt", ckpt, "--seed", 3, *args,
                    env=os.environ | {"PYTHONUTF8": "1"})
 
-    one, three = say(), say("--num_samples", 3)
-    assert one.returncode == three.returncode == 0
+    one, again, three = say(), say(), say("--num_samples", 3)
+    assert one.returncode == three.returncode == 0 and one.stdout == again.stdout
     assert one.stdout.startswith("Once upon") and len(one.stdout) > 60
     assert re.fullmatch(r"\d+ tokens in [\d.]+ s: \d+ tokens/s, after the first 4 \d+ tokens/s\n", one.stderr)
     for count in (0, 4):  # no rate where nothing follows the start-up
@@ -3529,7 +3529,10 @@ def test_analyze_compare_few_and_unequal_runs(tmp_path, run_analyze):
     assert [line.split()[-4:] for line in out.splitlines() if "n_embd=64" in line] == [["-0.1000", "-", "-", "29"]]
     other = Path(compared(tmp_path, 0, 1.8))  # of other code: the same settings, but more parameters
     other.write_text(other.read_text().replace("2,084,297", "2,084,693"))
-    assert "parameters=2,084,693" in run_analyze("--compare", paths[0], other) and "parameters=" not in out
+    assert "parameters=2,084,693" in run_analyze("--compare", paths[0], other)
+    other.write_text(other.read_text().replace("n_ffn=0", "n_ffn=9"))  # where settings tell, they alone are told
+    told = run_analyze("--compare", paths[0], other)
+    assert "n_ffn=9 " in told and "parameters=" not in told
     with open(paths[1], "a") as file:
         file.writelines(said("Stopped: loss nan, gradient norm nan at step 31"))
     out = run_analyze("--compare", *paths)
@@ -3653,6 +3656,12 @@ def test_analyze_shielding():
     assert abs(loss - sum(losses).item() / 5) < 1e-5
     model.controller.layer2.weight.data.zero_()  # a signal that never moves has no correlation
     assert np.isnan(analyze.shielding(model, x, y)[0]).all()
+
+
+def test_analyze_spread():
+    s = np.array([[[0.5, 1, 1], [1, 1, 2]], [[1.5, 1, 1], [1, 1, 4]]])  # two tokens, two layers
+    assert analyze.spread(s) == [["1.000 ± 0.500", "1.000 ± 0.000", "1.000 ± 0.000"],
+                                 ["1.000 ± 0.000", "1.000 ± 0.000", "3.000 ± 1.000"]]
 
 
 @pytest.mark.parametrize("config", [{"salience": "global"}, {"signals": ("precision",)}])
