@@ -212,8 +212,11 @@ def _chunks(h, weight, targets, dtype, want_h, want_w):
     if tiles:  # columns of zeros behind the logits: the loss does not see them, and they add 0 to the gradients
         weight = F.pad(weight, (0, 0, 0, -V % 64))
     rows = rows_per_chunk(h, weight)
-    # The buffer's rows start at multiples of 16 elements: an odd V would cost a CPU's products a fifth.
-    buffer = torch.empty(rows, -(-len(weight) // 16) * 16, dtype=h.dtype, device=h.device)[:, :len(weight)]
+    # The buffer's rows start at multiples of 16 elements: an odd V would cost a CPU's products a fifth. The elements in
+    # between are zeros: products of a CPU with matrix units in bf16 read them, and 0 * NaN would be NaN.
+    buffer = torch.empty(rows, -(-len(weight) // 16) * 16, dtype=h.dtype, device=h.device)
+    buffer[:, len(weight):] = 0
+    buffer = buffer[:, :len(weight)]
     losses, dh = [], []
     dw = torch.zeros(weight.shape, dtype=torch.float32, device=h.device) if want_w else None
     for x, target in zip(h.split(rows), targets.split(rows), strict=True):
