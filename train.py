@@ -206,13 +206,43 @@ def make_optimizer(model, s):
     return torch.optim.AdamW(groups, lr=s["lr"], betas=(s["beta1"], s["beta2"]), fused=fused)
 
 
+def passes(model, scaler, device, dtype, parts):
+    """-> work(x, y, control=None): a micro-batch's forward and backward pass, one of parts whose gradients are added
+    up. It returns the task and the homeostatic loss, a tensor of two."""
+    def work(x, y, control=None):
+        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
+            loss = model(x, y, control=control)
+        scaler.scale(loss.total / parts).backward()
+        return torch.stack([loss.task, loss.homeostatic]).detach()
+    return work
+
+
+def recorded(work, model, *inputs):
+    """work(*inputs), one of passes, as a CUDA graph: a thousand small kernels launched at once, since a large GPU runs
+    them in less time than Python takes to launch them. inputs are such as will follow; no gradient is kept of them."""
+    for _ in range(2):  # what is compiled, measured or allocated at first use
+        work(*inputs)
+    model.zero_grad(set_to_none=False)  # a graph writes where it wrote when it was recorded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(inputs[0].device)):
+        losses = work(*inputs)
+
+    def replay(*new):
+        for old, its in zip(inputs, new, strict=True):
+            if old is not None:
+                old.copy_(its)
+        graph.replay()
+        return losses
+    return replay
+
+
 def update(model, optimizer, scaler, s):
     """What follows a step's last backward pass. Returns the gradient's norm, a tensor: nothing waits for the GPU."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["grad_clip"] or math.inf)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=norm.device.type != "cuda")  # recorded passes add to what is there
     return norm
 
 
@@ -366,10 +396,11 @@ def train(args):
     del ckpt
     autocast = functools.partial(torch.autocast, device.type, DTYPES[dtype], enabled=dtype != "fp32")
     model.checkpoint_blocks = args.checkpoint_blocks
-    wrapped_model = compiled(model) if args.compile else model
+    wrapped_model, micro_steps = compiled(model) if args.compile else model, s["grad_accum"] // world
     if world > 1:  # without a softmax over several tokens the salience query has no gradient
         unused = bool(config.signals) and config.salience in ("reactive", "constant")
         wrapped_model = DistributedDataParallel(wrapped_model, find_unused_parameters=unused)
+    work = passes(wrapped_model, scaler, device, dtype, micro_steps)
 
     # Files: rank 0 alone writes. An earlier run in the same folder is set aside, not overwritten.
     if rank == 0:
@@ -468,10 +499,12 @@ def train(args):
             f"{meta['entropy_nats_per_token']:.4f} per token: no model can do better")
 
     sums, counted, clock, began_step = torch.zeros(2, device=device), 0, time.perf_counter(), step
-    micro_steps = s["grad_accum"] // world
     # Reads the next micro-batch while this one is computed. A new thread would pin memory for the first GPU.
     loader = ThreadPoolExecutor(1, initializer=lambda: device.type == "cuda" and torch.cuda.set_device(device))
     ahead = loader.submit(batch, step * s["grad_accum"] + rank)
+    # Rows of stories differ in length, and the random state of checkpointed blocks cannot be recorded.
+    if device.type == "cuda" and world == 1 and s["rows"] == "contiguous" and not args.checkpoint_blocks:
+        work = recorded(work, model, *ahead.result())
     try:
         while step < s["max_steps"]:
             rate = learning_rate(step + 1, s)
@@ -485,10 +518,7 @@ def train(args):
                 torch.manual_seed(int(np.random.SeedSequence((s["seed"], micro)).generate_state(1)[0]))  # for dropout
                 meet = world == 1 or j == micro_steps - 1  # the processes' gradients are averaged once per step
                 with contextlib.nullcontext() if meet else wrapped_model.no_sync():
-                    with autocast():
-                        loss = wrapped_model(x, y, control=control)
-                    scaler.scale(loss.total / micro_steps).backward()
-                sums += torch.stack([loss.task, loss.homeostatic]).detach()
+                    sums += work(x, y, control)
                 counted += 1
             norm = update(model, optimizer, scaler, s)
             step += 1
@@ -567,13 +597,14 @@ def bench(args):
     def stepper(config):
         model = ModulatedLM(config).to(device).train()
         model.checkpoint_blocks = args.checkpoint_blocks
-        optimizer, wrapped_model = make_optimizer(model, s), compiled(model) if args.compile else model
+        optimizer = make_optimizer(model, s)
+        work = passes(compiled(model) if args.compile else model, scaler, device, dtype, s["grad_accum"])
+        if device.type == "cuda" and not args.checkpoint_blocks:
+            work = recorded(work, model, x, y)
 
         def step():
             for _ in range(s["grad_accum"]):
-                with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
-                    loss = wrapped_model(x, y)
-                scaler.scale(loss.total / s["grad_accum"]).backward()
+                work(x, y)
             update(model, optimizer, scaler, s)
         return step
 
