@@ -2446,6 +2446,17 @@ def test_operations_per_token_are_counted():
     assert 110e6 < training.flops_per_token(NCNConfig()) < 117e6
 
 
+def test_a_dtype_is_chosen_by_the_model_itself(monkeypatch):
+    """bf16 needs fast products and faster training steps; the trial leaves no gradient behind."""
+    model, ids = lively().train(), tokens(3, 17)
+    for product, step, want in (1.2, 9, "fp32"), (3, 0.8, "fp32"), (3, 1.5, "bf16"):
+        seconds = iter([product] * 5 + [1] * 5 + [step, 1] * 4)
+        monkeypatch.setattr(training, "timed", lambda work, seconds=seconds: work() is None or next(seconds))
+        dtype, why = training.choose_dtype(CPU, model, ids[:, :-1], ids[:, 1:])
+        assert dtype == want and f" {product if product == 1.2 else step:.2g} times as fast" in why
+        assert all(p.grad is None for p in model.parameters()) and len(list(seconds)) == (8 if product == 1.2 else 0)
+
+
 @pytest.mark.parametrize("flags", [[], ["--signals", "none", "--checkpoint_blocks"]])
 def test_bench_prints_its_table(tmp_path, flags):
     done = run("train.py", "--bench", "--data", tmp_path / "none", *SMALL, *flags, cwd=tmp_path)

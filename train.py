@@ -174,8 +174,8 @@ def timed(work):
     return time.perf_counter() - start
 
 
-def choose_dtype(device):
-    """The name of the fastest safe dtype on this device, and why."""
+def choose_dtype(device, model, x, y):
+    """The name of the fastest safe dtype on this device, and why. A CPU with bf16 units tries it on the model."""
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU has bf16 units"
@@ -186,8 +186,15 @@ def choose_dtype(device):
     a = torch.randn(256, 256)
     b = a.bfloat16()
     a @ a, b @ b  # warm up
-    gain = min(timed(lambda: a @ a) for _ in range(5)) / min(timed(lambda: b @ b) for _ in range(5))
-    return ("bf16" if gain > 1.5 else "fp32"), f"bf16 products are {gain:.2g} times as fast on this CPU, measured now"
+    gain, what = min(timed(lambda: a @ a) for _ in range(5)) / min(timed(lambda: b @ b) for _ in range(5)), "products"
+    if gain > 1.5:  # with a small vocabulary the casts can cost more than the products gain
+        what, few, times = "training steps", slice(max(1, 1024 // x.size(1))), {"fp32": [], "bf16": []}
+        for dtype in [*times] * 4:
+            work = passes(model, torch.amp.GradScaler(device.type, enabled=False), device, dtype, 1)
+            times[dtype].append(timed(lambda work=work: work(x[few], y[few])))
+        model.zero_grad()
+        gain = min(times["fp32"]) / min(times["bf16"])
+    return "bf16" if gain > 1.2 else "fp32", f"bf16 {what} are {gain:.2g} times as fast on this CPU, measured now"
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -376,7 +383,7 @@ def train(args):
     elif ckpt:
         dtype, why = ckpt["dtype"], "as the run began"
     else:
-        dtype, why = choose_dtype(device)
+        dtype, why = choose_dtype(device, model, *batch(0)[:2])
         dtype, why = from_rank_0(lambda: (dtype, why))  # timings differ between processes
     optimizer = make_optimizer(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
@@ -591,7 +598,7 @@ def bench(args):
     config, static = (model_config(s | signals, V, device) for signals in ({}, {"signals": "none"}))
     B, T = s["batch_size"], config.block_size
     x, y = torch.randint(V, (2, B, T), device=device)
-    dtype = choose_dtype(device)[0] if args.dtype == "auto" else args.dtype
+    dtype = choose_dtype(device, ModulatedLM(config).train(), x, y)[0] if args.dtype == "auto" else args.dtype
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
     def stepper(config):
