@@ -174,27 +174,24 @@ def timed(work):
     return time.perf_counter() - start
 
 
-def choose_dtype(device, model, x, y):
-    """The name of the fastest safe dtype on this device, and why. A CPU with bf16 units tries it on the model."""
+def choose_dtype(device, config):
+    """The name of the fastest safe dtype for such a model on this device, and why."""
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU has bf16 units"
         return "fp16", "this GPU has no bf16 units; losses are scaled"
     if device.type == "mps":
         return "fp32", "the safe choice, untried like all of mps"
+    # In a small model the casts cost more than the products gain. A count, no timing near a threshold, decides: runs to
+    # be compared shall have one dtype.
+    if config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size) < 1.5e6:
+        return "fp32", "with fewer than 1.5 million weights bf16 is no faster on a CPU"
     # Without bf16 units a CPU's bf16 product can be a hundred times slower, and with them several times faster.
     a = torch.randn(256, 256)
     b = a.bfloat16()
     a @ a, b @ b  # warm up
-    gain, what = min(timed(lambda: a @ a) for _ in range(5)) / min(timed(lambda: b @ b) for _ in range(5)), "products"
-    if gain > 1.5:  # with a small vocabulary the casts can cost more than the products gain
-        what, few, times = "training steps", slice(max(1, 1024 // x.size(1))), {"fp32": [], "bf16": []}
-        for dtype in [*times] * 4:
-            work = passes(model, torch.amp.GradScaler(device.type, enabled=False), device, dtype, 1)
-            times[dtype].append(timed(lambda work=work: work(x[few], y[few])))
-        model.zero_grad()
-        gain = min(times["fp32"]) / min(times["bf16"])
-    return "bf16" if gain > 1.2 else "fp32", f"bf16 {what} are {gain:.2g} times as fast on this CPU, measured now"
+    gain = min(timed(lambda: a @ a) for _ in range(5)) / min(timed(lambda: b @ b) for _ in range(5))
+    return ("bf16" if gain > 1.5 else "fp32"), f"bf16 products are {gain:.2g} times as fast on this CPU, measured now"
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -224,6 +221,13 @@ def passes(model, scaler, device, dtype, parts):
     return work
 
 
+def can_record(device, s, args):
+    """Whether a micro-batch can be a CUDA graph: rows of stories differ in length, and the random state of checkpointed
+    blocks cannot be recorded."""
+    nvidia = device.type == "cuda" and bool(torch.version.cuda)
+    return nvidia and s["rows"] == "contiguous" and not args.checkpoint_blocks
+
+
 def recorded(work, model, *inputs):
     """work(*inputs), one of passes, as a CUDA graph: a thousand small kernels launched at once, since a large GPU runs
     them in less time than Python takes to launch them. inputs are such as will follow; no gradient is kept of them."""
@@ -243,13 +247,14 @@ def recorded(work, model, *inputs):
     return replay
 
 
-def update(model, optimizer, scaler, s):
-    """What follows a step's last backward pass. Returns the gradient's norm, a tensor: nothing waits for the GPU."""
+def update(model, optimizer, scaler, s, keep):
+    """What follows a step's last backward pass. Returns the gradient's norm, a tensor: nothing waits for the GPU. keep:
+    the gradients become 0 where they are, since recorded passes add to them there."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["grad_clip"] or math.inf)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=norm.device.type != "cuda")  # recorded passes add to what is there
+    optimizer.zero_grad(set_to_none=not keep)
     return norm
 
 
@@ -383,8 +388,7 @@ def train(args):
     elif ckpt:
         dtype, why = ckpt["dtype"], "as the run began"
     else:
-        dtype, why = choose_dtype(device, model, *batch(0)[:2])
-        dtype, why = from_rank_0(lambda: (dtype, why))  # timings differ between processes
+        dtype, why = from_rank_0(lambda: choose_dtype(device, config))  # timings differ between processes
     optimizer = make_optimizer(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     step, best = 0, math.inf
@@ -455,8 +459,10 @@ def train(args):
                 total = model(x, y, control=control).task * n
                 untold = total if control is None else model(x, y).task * n
                 if is_demo:
-                    logits = model(x, control=control).float()
-                    nats = F.cross_entropy(logits.transpose(1, 2), y, ignore_index=-1, reduction="none").cpu()
+                    hidden = model.hidden(x, control=control)[0]  # a row's logits at a time: all need gigabytes
+                    nats = torch.stack([F.cross_entropy(F.linear(h, model.embed.weight).float(), target,
+                                                        ignore_index=-1, reduction="none")
+                                        for h, target in zip(hidden, y, strict=True)]).cpu()
                     which, least = (torch.from_numpy(windows(a, mine[i : i + B], end)[1]) for a in (slots, floor))
                     sums[4:].index_add_(0, which[which >= 0].long(), (nats - least)[which >= 0].double())
             sums[:4] += torch.stack([total, untold, n, (y == end).sum()]).cpu()  # float64 is the CPU's, mps has none
@@ -509,8 +515,7 @@ def train(args):
     # Reads the next micro-batch while this one is computed. A new thread would pin memory for the first GPU.
     loader = ThreadPoolExecutor(1, initializer=lambda: device.type == "cuda" and torch.cuda.set_device(device))
     ahead = loader.submit(batch, step * s["grad_accum"] + rank)
-    # Rows of stories differ in length, and the random state of checkpointed blocks cannot be recorded.
-    if device.type == "cuda" and world == 1 and s["rows"] == "contiguous" and not args.checkpoint_blocks:
+    if keep := can_record(device, s, args) and world == 1:
         work = recorded(work, model, *ahead.result())
     try:
         while step < s["max_steps"]:
@@ -527,7 +532,7 @@ def train(args):
                 with contextlib.nullcontext() if meet else wrapped_model.no_sync():
                     sums += work(x, y, control)
                 counted += 1
-            norm = update(model, optimizer, scaler, s)
+            norm = update(model, optimizer, scaler, s, keep)
             step += 1
             bar.update()
 
@@ -598,7 +603,7 @@ def bench(args):
     config, static = (model_config(s | signals, V, device) for signals in ({}, {"signals": "none"}))
     B, T = s["batch_size"], config.block_size
     x, y = torch.randint(V, (2, B, T), device=device)
-    dtype = choose_dtype(device, ModulatedLM(config).train(), x, y)[0] if args.dtype == "auto" else args.dtype
+    dtype = choose_dtype(device, config)[0] if args.dtype == "auto" else args.dtype
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
     def stepper(config):
@@ -606,13 +611,13 @@ def bench(args):
         model.checkpoint_blocks = args.checkpoint_blocks
         optimizer = make_optimizer(model, s)
         work = passes(compiled(model) if args.compile else model, scaler, device, dtype, s["grad_accum"])
-        if device.type == "cuda" and not args.checkpoint_blocks:
+        if keep := can_record(device, s, args):
             work = recorded(work, model, x, y)
 
         def step():
             for _ in range(s["grad_accum"]):
                 work(x, y)
-            update(model, optimizer, scaler, s)
+            update(model, optimizer, scaler, s, keep)
         return step
 
     print(f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, vocabulary {V:,}; {s['grad_accum']} "
@@ -625,7 +630,8 @@ def bench(args):
     step = stepper(config)
     timed(step)
     spent = timed(step)
-    peak = kernels.peak_memory(device)
+    # What a graph holds for itself is reserved, not allocated.
+    peak = torch.cuda.max_memory_reserved() if device.type == "cuda" else kernels.peak_memory(device)
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device).to(DTYPES[dtype])
     rate = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(5))
