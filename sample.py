@@ -433,7 +433,7 @@ def arguments():
                                      allow_abbrev=False)
     parser.error = lambda message: sys.exit(fail(message))
     add, default = parser.add_argument_group("the text").add_argument, " (default: %(default)s)"
-    add("--prompt", metavar="TEXT", required=True, help="the text to go on with")
+    add("--prompt", metavar="TEXT", required=True, help="the text to go on with; empty: a story from its beginning")
     add("--ckpt", default="out/ckpt_best.pt", help="a checkpoint of train.py's or of the paper's authors" + default)
     add("--max_new_tokens", type=int, default=256, help="tokens to write at most, per sample" + default)
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token; higher: more varied" + default)
@@ -473,8 +473,6 @@ def main():
         raise ValueError(f"{args.ckpt} has no controller to dose or to trace: it was trained with --signals none")
     if args.layer is not None and not 0 <= args.layer < model.config.n_layer:
         raise ValueError(f"--layer is {args.layer}, the model has layers 0 to {model.config.n_layer - 1}")
-    if not args.prompt:
-        raise ValueError("the prompt has no tokens: give the text some beginning")
     names = ckpt["data"].get("controls", ())
     if args.control and len(args.control) != model.config.n_control:
         raise ValueError(f"--control has {len(args.control)} numbers, {args.ckpt} takes {model.config.n_control}"

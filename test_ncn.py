@@ -3122,6 +3122,8 @@ def test_sampling_writes_text(trained, monkeypatch, capsys):
     model, ids = ModulatedLM.load(ckpt), torch.tensor([[256, *b"Once upon"]])  # after the end of another story
     expected = generate(model, ids, 256, seed=3, end_token=256)[0, 1:].tolist()
     assert one.stdout.startswith(tokenizer_of({"tokenizer": "bytes"}).decode(expected)[:20])
+    first = generate(model, ids[:, :1], 256, seed=3, end_token=256)[0, 1:].tolist()  # an empty prompt: a new story
+    assert say("--prompt", "").stdout.startswith(tokenizer_of({"tokenizer": "bytes"}).decode(first)[:20])
     rows = three.stdout.split("\n---\n")
     assert len(rows) == 3 and rows[0] + "\n" == one.stdout and len(set(rows)) == 3
     assert say("--gain=0").stdout != one.stdout
@@ -3316,7 +3318,6 @@ def test_sampling_refuses(trained, tmp_path, capsys, monkeypatch):
     assert "temperature" in refuse("--temperature", -0.1)
     assert "top_p" in refuse("--top_p", 0) and "top_p" in refuse("--top_p", 1.5)
     assert "memory" in refuse("--max_new_tokens", 10**14) and "1e6" in refuse("--gain", 1e39)
-    assert "no tokens" in refuse("--prompt", "")
     assert "--num_samples" in refuse("--num_samples", 0)
     assert "0 or more" in refuse("--gain", -1)
     for flags in (["--temperature", 1e-50], ["--top_p", 1e-50], ["--gain", 1e6, "--gate", 1e6, "--precision", 1e6]):
