@@ -52,7 +52,7 @@ class NCNConfig:
     dropout: float = 0.1  # on embeddings and branch outputs; fast attention kernels have none on the probabilities
     ncn_hidden: int = 64  # hidden width of the controller
     ncn_heads: int = 2  # heads of the controller's salience pooling
-    homeostatic_lambda: float = 0.01  # of Eq. 18: weight of (s - 1)^2, summed over signals, else averaged
+    homeostatic_lambda: float = 0.01  # of Eq. 18: weight of (s - 1)^2, the three added up, mean over layers, tokens
     signals: tuple = SIGNALS  # which signals the controller drives; () is the plain, "static" Transformer
     salience: str = "causal"  # tokens the salience pooling sees: causal 0..t, global all, reactive t, constant none
     n_control: int = 0  # numbers that the controller reads beside the text: a task, a metric, a slider; 0: none
