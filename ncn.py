@@ -1,30 +1,37 @@
 """
-Neuromodulatory Control Networks (NCN), the whole model in one file; the operations it fuses are in kernels.py.
+Neuromodulatory Control Networks (NCN): the whole model in one file. The operations that a GPU
+runs as one kernel each are in kernels.py, beside their definitions in plain PyTorch.
 
-A Transformer computes the same way for every token. A brain does not: a few small nuclei broadcast noradrenaline,
-acetylcholine or dopamine, and the same circuits become more sensitive, more focused, more active. Here a small
-controller network reads the token embeddings and emits, for every token and every layer, three numbers:
+A Transformer computes the same way for every token. A brain does not: a few small nuclei broadcast
+noradrenaline, acetylcholine or dopamine, and the same circuits become more sensitive, more focused,
+more active. Here a small controller network reads the token embeddings and emits, for every token
+and every layer, three numbers:
 
-    gain       g      in (0, 2)     how strongly the layer's two branches write into the residual stream
-    precision  beta   in (0.01, 4]  inverse temperature of the layer's attention: how sharply it focuses
+    gain       g      in (0, 2)     how strongly the layer's two branches write into the residual
+    precision  beta   in (0.01, 4]  inverse temperature of the layer's attention: how sharp it is
     gate       gamma  in (0, 1)     how much of the feed-forward branch (FFN) is let through
 
-A signal of 1 leaves the Transformer as it is. Read from the top: config, controller, salience pooling, block, model and
-loss, files. Generation is in sample.py. "Eq." and "section" refer to the paper, "Neuromodulatory Control Networks"
-(M. C. Morgan, 2025). Shapes: B sequences, T tokens, width d, L layers, vocabulary V; h heads of width e = d / h, the
-blocks' n_head or, in the controller, ncn_heads.
+A signal of 1 leaves the Transformer as it is. Read from the top: config, controller, salience
+pooling, block, memory, model and loss, files, a demonstration. "Eq." and "section" refer to the
+paper, "Neuromodulatory Control Networks" (M. C. Morgan, 2025).
+
+Shapes: B sequences, T tokens, width d, L layers, vocabulary V; h heads of width e = d / h, where h
+is n_head in a block and ncn_heads in the controller.
 
 Worth noticing:
-- Causal salience: at position t the controller sees tokens 0..t, so training and generation compute the same numbers.
-  The paper trains with the whole sequence in view (`global`) and generates with one token (`reactive`); both are here.
-- The salience cache, future work in the paper: the controller's O(1) time and memory per generated token.
-- The model starts close to the plain Transformer: gain and precision at 1, the gate at 0.953, since no sigmoid is 1.
-- Static and modulated models of the same seed start from the same base weights, so that runs compare pair by pair.
+- The model is written once. With a Memory it reads a text token by token and computes the same.
+- Causal salience: at position t the controller sees tokens 0..t, so training and generation compute
+  the same numbers. The paper trains with the whole sequence in view (`global`) and generates with
+  one token (`reactive`); both are here, too.
+- The salience cache, future work in the paper, is the controller's memory: its size does not grow.
+- The model starts close to the plain Transformer: gain and precision at 1, the gate at 0.953,
+  because no sigmoid reaches 1.
+- Static and modulated models of one seed start from the same base weights, so that experiments can
+  compare them pair by pair.
 """
 
 import math
 import os
-import zipfile
 import zlib
 from collections import namedtuple
 from dataclasses import asdict, dataclass
@@ -34,41 +41,44 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import actuate, linear_cross_entropy, modulate, rms_norm
+from kernels import actuate, linear_cross_entropy, modulate, rms_norm, write_cache
 
 SIGNALS = ("gain", "precision", "gate")
 SALIENCE = ("causal", "global", "reactive", "constant")
 
-# ---- Config ----------------------------------------------------------------------------------------------------------
+
+# ---- Config ------------------------------------------------------------------------------------
 @dataclass
 class NCNConfig:
-    """The model's settings; sizes default to the paper's run. Raises ValueError where they contradict each other."""
+    """The model's settings; sizes default to the paper's run. Raises ValueError if they clash."""
 
     vocab_size: int = 50257  # tokens the model knows
     block_size: int = 512  # context length, in tokens
     n_layer: int = 6  # Transformer blocks
     n_head: int = 8  # attention heads per block
     n_embd: int = 256  # width d of the residual stream
-    dropout: float = 0.1  # on embeddings and branch outputs; fast attention kernels have none on the probabilities
+    dropout: float = 0.1  # on the embeddings and on what each branch adds
     ncn_hidden: int = 64  # hidden width of the controller
     ncn_heads: int = 2  # heads of the controller's salience pooling
-    homeostatic_lambda: float = 0.01  # of Eq. 18: weight of (s - 1)^2, the three added up, mean over layers, tokens
-    signals: tuple = SIGNALS  # which signals the controller drives; () is the plain, "static" Transformer
-    salience: str = "causal"  # tokens the salience pooling sees: causal 0..t, global all, reactive t, constant none
-    n_control: int = 0  # numbers that the controller reads beside the text: a task, a metric, a slider; 0: none
-    n_ffn: int = 0  # hidden width of the FFN; 0: 4 n_embd. Wider: a static model with a controller's parameters
+    homeostatic_lambda: float = 0.01  # weight of the price for signals away from 1 (Eq. 18)
+    signals: tuple = SIGNALS  # those the controller drives; (): the plain, "static" Transformer
+    salience: str = "causal"  # or global, reactive, constant: what the pooling sees
+    n_control: int = 0  # numbers the controller reads beside the text: a task, a metric, a slider
+    n_ffn: int = 0  # hidden width of the FFN; 0: 4 n_embd
 
     def __post_init__(self):
-        if unknown := set(self.signals) - set(SIGNALS):
-            raise ValueError(f"unknown signal '{min(unknown)}': choose from {', '.join(SIGNALS)}, or none of them")
+        for name in self.signals:
+            if name not in SIGNALS:
+                raise ValueError(f"unknown signal '{name}': choose from {', '.join(SIGNALS)}")
         self.signals = tuple(name for name in SIGNALS if name in self.signals)
         check_salience(self.salience)
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "ncn_hidden", "ncn_heads"):
-            if type(size := getattr(self, name)) is not int or size < 1:
-                raise ValueError(f"{name} is {size}, it must be a whole number, at least 1")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
         for name in ("n_head", "ncn_heads"):
             if self.n_embd % getattr(self, name):
-                raise ValueError(f"n_embd {self.n_embd} is not divisible by {name} {getattr(self, name)}")
+                heads = getattr(self, name)
+                raise ValueError(f"n_embd {self.n_embd} is not divisible by {name} {heads}")
         if self.block_size < 2:  # when the window is full, generation drops its older half
             raise ValueError(f"block_size is {self.block_size}, it must be at least 2")
         if not 0 <= self.dropout < 1:
@@ -77,14 +87,8 @@ class NCNConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be 0 or more")
         if self.n_control and not self.signals:
-            raise ValueError(f"n_control is {self.n_control}, but a model without signals has no controller to read a "
-                             "control: give it signals, or data without labels")
-
-    def n_weights(self):
-        """How many weights the matrices have, nearly all of the model's: known before they take memory."""
-        d, h, L = self.n_embd, self.ncn_hidden, self.n_layer
-        controller = 4 * d * d + d * (1 + h + self.n_control) + 3 * L * h if self.signals else 0
-        return d * (self.vocab_size + self.block_size) + L * (4 * d * d + 2 * d * (self.n_ffn or 4 * d)) + controller
+            raise ValueError("a model without signals has no controller to read a control: "
+                             "give it signals, or data without labels")
 
 
 def check_salience(mode):
@@ -92,7 +96,7 @@ def check_salience(mode):
         raise ValueError(f"unknown salience mode '{mode}': choose from {', '.join(SALIENCE)}")
 
 
-# ---- Controller ------------------------------------------------------------------------------------------------------
+# ---- Controller --------------------------------------------------------------------------------
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, eps 1e-5 (Zhang & Sennrich 2019)."""
 
@@ -104,139 +108,134 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight)
 
 
+def signals_of(z):
+    """Table 1: what the controller says, z (..., 3) of any dtype -> signals (..., 3), float32."""
+    z = z.float()
+    gain = 2 * torch.sigmoid(z[..., 0])  # Eq. 5
+    precision = (F.softplus(z[..., 1]) + 0.01).clamp(max=4)  # Eq. 6
+    gate = torch.sigmoid(z[..., 2])  # Eq. 7
+    return torch.stack([gain, precision, gate], dim=-1)
+
+
 class Controller(nn.Module):
     """The neuromodulatory nuclei: embeddings in, three signals per token and layer out.
 
-    Tonic context c (what kind of text is this?) by salience pooling, phasic input x (what is this token?), if asked for
-    a control from outside (what is wanted?), and a small MLP over their sum that decides, for each layer, how to
-    process the token."""
+    Tonic context c (what kind of text is this?) by salience pooling, phasic input x (what is this
+    token?), if asked for a control from outside (what is wanted?), and a small MLP over their sum
+    that decides, for each layer, how to process the token."""
 
     def __init__(self, config):
         super().__init__()
-        d, self.ncn_heads, self.n_layer = config.n_embd, config.ncn_heads, config.n_layer
-        self.query = nn.Parameter(torch.empty(1, d))  # the learned salience query, the "top-down attentional set"
-        self.in_proj = nn.Linear(d, 3 * d)  # query, key and value of a standard multi-head attention
+        d = config.n_embd
+        self.n_layer = config.n_layer
+        self.ncn_heads = config.ncn_heads
+        self.query = nn.Parameter(torch.empty(1, d))  # learned, the "top-down attentional set"
+        self.in_proj = nn.Linear(d, 3 * d)  # query, key, value of a standard multi-head attention
         self.out_proj = nn.Linear(d, d)
-        self.control = nn.Linear(config.n_control, d, bias=False) if config.n_control else None  # section 3.2
+        self.control = None
+        if config.n_control:
+            self.control = nn.Linear(config.n_control, d, bias=False)  # section 3.2
         self.norm = RMSNorm(d)
         self.layer1 = nn.Linear(d, config.ncn_hidden)
         self.layer2 = nn.Linear(config.ncn_hidden, self.n_layer * 3)
-        self.register_buffer("active", torch.tensor([name in config.signals for name in SIGNALS]), persistent=False)
-        self.all_active = len(config.signals) == len(SIGNALS)
+        driven = torch.tensor([name in config.signals for name in SIGNALS])
+        self.register_buffer("driven", driven, persistent=False)
+        self.drives_all = len(config.signals) == len(SIGNALS)
 
     def start_neutral(self):
-        """Section 4.1.4: bias z so that gain = 1, precision = 1, gate = 0.953. After all other initialisation."""
+        """Section 4.1.4: bias z so that gain = 1, precision = 1, gate = 0.953.
+
+        To be called after all other initialisation; the authors' own code loses it there."""
         with torch.no_grad():
-            self.layer2.weight.mul_(0.01)  # small: the signals start at the biases' values, yet can learn
+            self.layer2.weight.mul_(0.01)  # the signals start at the biases' values, yet can learn
             self.layer2.bias.copy_(torch.tensor([0.0, 0.525, 3.0]).repeat(self.n_layer))
 
-    def forward(self, x, salience, control=None):
-        """x (B, T, d), what the blocks get -> the signals (B, T, L, 3), float32, in the order of SIGNALS.
-        control: (B, 1 or T, n_control); none is a control of zeros."""
-        check_salience(salience)
-        if salience == "constant":  # the MLP gets no input: three learned numbers per layer, the same for every token
+    def forward(self, x, salience, control=None, memory=None, real=None):
+        """x (B, T, d), what the blocks get -> the signals (B, T, L, 3), float32, as in SIGNALS.
+
+        control: (B, 1 or T, n_control); none is a control of zeros. memory and real: see context.
+        """
+        if salience == "constant":  # the MLP reads nothing: three learned numbers per layer
             u = x.new_zeros(1, 1, x.size(-1))
         else:
-            u = self.context(x, salience) + x  # Eq. 2; Eq. 13 says it for all tokens at once. (B, T, d)
+            u = self.context(x, salience, memory, real) + x  # Eq. 2, Eq. 13: (B, T, d)
         if control is not None:
             u = u + self.control(control.to(self.control.weight.dtype))
-        return self.compute_signals(u).expand(*x.shape[:2], -1, -1)
+        hidden = torch.tanh(self.layer1(self.norm(u)))  # (B, T, ncn_hidden)
+        z = self.layer2(hidden)  # Eq. 3, Eq. 14: (B, T, 3 L)
+        z = z.unflatten(-1, (self.n_layer, 3))  # Eq. 4: (B, T, L, 3)
+        signals = actuate(z, signals_of)  # Eq. 5 to 7, on a GPU in one kernel
+        if not self.drives_all:
+            signals = torch.where(self.driven, signals, 1.0)
+        return signals.expand(*x.shape[:2], -1, -1)
 
-    def context(self, x, salience):
-        """Salience pooling, Eq. 1: c = Attention(query, x, x). x (B, T, d) -> (B, T, d), or (B, 1, d) for `global`."""
-        value = F.linear(x, self.in_proj.weight.chunk(3)[2], self.in_proj.bias.chunk(3)[2])  # (B, T, d)
-        if salience == "reactive":
-            return self.out_proj(value)  # a softmax over a single token is 1
-        with torch.autocast(x.device.type, enabled=False):  # scores are exponentiated: always in float32
-            scores = F.linear(x.float(), self.folded()).transpose(1, 2)  # (B, h, T)
-            value = value.unflatten(-1, (self.ncn_heads, -1)).transpose(1, 2).float()  # (B, h, T, e)
-            if salience == "global":
-                pooled = scores.softmax(-1)[:, :, None] @ value  # (B, h, 1, e): every token sees the future
-            else:
-                pooled, _ = salience_pool(scores, value)  # (B, h, T, e): token t sees tokens 0..t
-        return self.out_proj(pooled.transpose(1, 2).flatten(2).to(x.dtype))
+    # ---- Salience pooling ----------------------------------------------------------------------
+    def context(self, x, salience, memory=None, real=None):
+        """Salience pooling, Eq. 1: c = Attention(query, x, x). x (B, T, d) -> (B, T, d).
 
-    def folded(self):
-        """The salience scores as one small product. -> weight (h, d), float32: scores = x @ weight.T.
-
-        Unfolded, a head's score of token i is  q . k_i / sqrt(e)  with  q = Wq query + bq  and  k_i = Wk x_i + bk.
-        One query serves all tokens, so  q . k_i = (Wk^T q) . x_i + q . bk:  a (d, h) product replaces a (d, d) one; and
-        q . bk is the same for every token, so that the softmax does not see it."""
-        (wq, wk, _), (bq, _, _) = self.in_proj.weight.float().chunk(3), self.in_proj.bias.float().chunk(3)
-        q = F.linear(self.query.float(), wq, bq).view(self.ncn_heads, 1, -1)  # (h, 1, e)
-        weight = q @ wk.unflatten(0, (self.ncn_heads, -1))  # (h, 1, e) @ (h, e, d) = (h, 1, d)
-        return weight.squeeze(1) / math.sqrt(q.size(-1))
-
-    def compute_signals(self, u):
-        """Tonic + phasic, u (..., d) -> signals (..., L, 3), float32."""
-        z = self.layer2(torch.tanh(self.layer1(self.norm(u))))  # Eq. 3; Eq. 14 for all tokens at once. (..., 3 L)
-        z = z.unflatten(-1, (self.n_layer, 3))  # Eq. 4, (..., L, 3)
-        # Table 1, the signals:   gain       g     = 2 sigmoid(z[..., 0])                      Eq. 5
-        #                         precision  beta  = min(softplus(z[..., 1]) + 0.01, 4)        Eq. 6
-        #                         gate       gamma = sigmoid(z[..., 2])                        Eq. 7
-        signals = actuate(z)
-        return signals if self.all_active else torch.where(self.active, signals, 1.0)  # the others stay at 1
-
-
-# ---- Salience pooling and its cache ----------------------------------------------------------------------------------
-def salience_pool(scores, values, chunk=32):
-    """The causal context: at each t, an average of the values so far, weighted by a softmax over the scores so far.
-    scores (B, h, T), values (B, h, T, e), float32 -> pooled (B, h, T, e), and the state that continues it. Naively:
-
-        later = torch.ones(T, T, dtype=torch.bool).triu(1)                                  # i > t
-        weight = scores[:, :, None].expand(-1, -1, T, -1).masked_fill(later, -math.inf).softmax(-1)
-        pooled = weight @ values                                                            # (B, h, T, e)
-
-    A token has one score, whoever looks at it, so no (T, T) matrix is needed: the average over 0..t is a sum of
-    exp(score_i) values_i over a sum of exp(score_i), and sums over a prefix can be had by n chunks of C tokens. In the
-    chunk of t each token counts by itself; of an earlier chunk only its maximum and its sums. Every exponent is a
-    score, or a chunk's maximum, minus a maximum that already covers it, so never above 0, and that of the largest score
-    is 0: nothing overflows and no sum is 0, for any finite scores.
-
-    The state after the last token: the maximum (B, h, 1) and the sums (B, h, e + 1), the weighted values' and, last,
-    the weights'; views: copy what you keep."""
-    T = scores.size(-1)
-    n = -(-T // chunk)
-    pad = n * chunk - T
-    s = F.pad(scores, (0, pad), value=-math.inf).unflatten(-1, (n, chunk))  # (B, h, n, C)
-    v = F.pad(values, (0, 1, 0, pad), value=1.0).unflatten(-2, (n, chunk))  # (B, h, n, C, e + 1): its last sum is total
-    # The maxima set the scales of sums whose quotient is taken: they cancel, and need no gradient.
-    top = s.detach().flatten(-2).cummax(-1).values.unflatten(-1, (n, chunk))  # (B, h, n, C), over all of 0..t
-    peak = s.detach().amax(-1)  # (B, h, n), of each chunk
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=s.device).triu(1)
-    within = (s[..., None, :] - top[..., None]).masked_fill(later, -math.inf).exp()  # (B, h, n, C, C): [t, i]
-    weight = (s - peak[..., None]).exp()  # (B, h, n, C)
-    chunk_sums = (weight[..., None, :] @ v).squeeze(-2)  # (B, h, n, e + 1)
-    not_before = torch.ones(n, n, dtype=torch.bool, device=s.device).triu()[:, None]
-    before = (peak[..., None, None, :] - top[..., None]).masked_fill(not_before, -math.inf).exp()  # (B, h, n, C, n)
-    sums = (within @ v + before @ chunk_sums[:, :, None]).flatten(2, 3)[:, :, :T]  # (B, h, T, e + 1)
-    return sums[..., :-1] / sums[..., -1:], [top.flatten(2)[:, :, T - 1 : T], sums[:, :, -1]]
+        It is a standard multi-head attention, but every position asks with the same learned query.
+        `causal`: position t sees tokens 0..t, and what a memory has read before. `global`: every
+        position sees all tokens that are real (B, T), bool, none of the padding -> (B, 1, d).
+        `reactive`: position t sees its own token."""
+        w_query, w_key, w_value = self.in_proj.weight.chunk(3)  # (d, d) each
+        b_query, b_key, b_value = self.in_proj.bias.chunk(3)
+        v = F.linear(x, w_value, b_value)  # (B, T, d)
+        if salience == "reactive":  # a softmax over a single token is 1: the value is the answer
+            return self.out_proj(v)
+        q = heads(F.linear(self.query, w_query, b_query)[None], self.ncn_heads)  # (1, h, 1, e)
+        k = heads(F.linear(x, w_key, b_key), self.ncn_heads)  # (B, h, T, e)
+        v = heads(v, self.ncn_heads)
+        asking = 1 if salience == "global" else x.size(1)  # `global` asks once for all positions
+        # Contiguous, because the backward pass of bf16 attention on a CPU takes 500 times as long
+        # for a query that was only expanded.
+        same_query = q.expand(len(x), -1, asking, -1).contiguous()  # (B, h, T or 1, e)
+        mask = None
+        if salience == "global" and real is not None:
+            mask = real[:, None, None]  # (B, 1, 1, T)
+        pooled = F.scaled_dot_product_attention(
+            same_query, k, v, mask, is_causal=salience == "causal")  # (B, h, T or 1, e)
+        if memory is not None:
+            scores = (q.float() * k.float()).sum(-1) / math.sqrt(q.size(-1))  # (B, h, T)
+            pooled = salience_step(scores, pooled.float(), memory.salience).to(v.dtype)
+        return self.out_proj(pooled.transpose(1, 2).flatten(2))
 
 
-def salience_step(score, value, state):
-    """The salience cache: one more token at constant cost. score (B, h, 1), value (B, h, e + 1), its last element a 1,
-    state as salience_pool leaves it, updated in place -> pooled (B, h, e). With top_t the maximum so far, keep
-
-        total_t    = sum_i exp(score_i - top_t)          = r total_{t-1}    + exp(score_t - top_t)
-        weighted_t = sum_i exp(score_i - top_t) value_i  = r weighted_{t-1} + exp(score_t - top_t) value_t
-        pooled     = weighted_t / total_t                  with r = exp(top_{t-1} - top_t)
-
-    When the maximum rises, what was summed is rescaled: the online softmax, as the kernel of the loss runs it."""
-    top, sums = state
-    both = torch.cat([top, score], -1)
-    old, new = (both - torch.amax(both, -1, keepdim=True, out=top)).exp().split(1, -1)
-    sums.mul_(old).addcmul_(new, value)
-    return sums[..., :-1] / sums[..., -1:]
+def heads(x, n):
+    """(B, T, d) -> (B, n, T, d / n)."""
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)
 
 
-# ---- Block -----------------------------------------------------------------------------------------------------------
+def salience_step(scores, pooled, state):
+    """The salience cache: joins what was read before to T new tokens, at a cost that never grows.
+
+    Attention averages values, each weighted by exp(score). The query never changes, so a token has
+    one score, whoever looks at it, and all that was read before counts like one token: its weight
+    is the sum of their weights, its value their average. (A KV cache must grow, because there every
+    new token asks with a query of its own.)
+
+    scores (B, h, T) of the new tokens; pooled (B, h, T, e), their causal average among themselves;
+    state: [log of the weights' sum (B, h, 1), average (B, h, 1, e)], updated in place; float32.
+    -> the average over all tokens up to each new one, (B, h, T, e)."""
+    before, average = state
+    total = torch.logaddexp(before, scores.logcumsumexp(-1))  # (B, h, T)
+    share_before = (before - total).exp()[..., None]  # (B, h, T, 1), of all weight; 0 at the start
+    pooled = torch.lerp(pooled, average, share_before)
+    before.copy_(total[..., -1:].detach())
+    average.copy_(pooled[:, :, -1:].detach())
+    return pooled
+
+
+# ---- Block -------------------------------------------------------------------------------------
 class Block(nn.Module):
     """A pre-norm Transformer block whose attention, branches and FFN the controller modulates."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        d, self.n_head, self.dropout = config.n_embd, config.n_head, config.dropout
+        d = config.n_embd
         n_ffn = config.n_ffn or 4 * d
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
         self.attn_norm = RMSNorm(d)
         self.qkv = nn.Linear(d, 3 * d, bias=False)
         self.attn_out = nn.Linear(d, d, bias=False)
@@ -244,35 +243,97 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(d, n_ffn)
         self.ffn_out = nn.Linear(n_ffn, d)
 
-    def attention(self, x, precision):
-        """x (B, T, d), precision (B, T, 1) or None -> (B, T, d)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, h, T, e) each
-        if precision is not None:  # beta sharpens or flattens; keys stay as they are, so they can be cached
+    def attention(self, x, precision=None, memory=None):
+        """x (B, T, d), precision (B, T, 1) -> (B, T, d)."""
+        q, k, v = (heads(y, self.n_head) for y in self.qkv(x).chunk(3, dim=-1))  # (B, h, T, e) each
+        if precision is not None:  # it sharpens or flattens; keys stay, so that they can be cached
             q = q * precision[:, None].to(q.dtype)  # Eq. 8
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # Eq. 9, (B, h, T, e)
+        if memory is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # Eq. 9: (B, h, T, e)
+        else:
+            k, v = memory.append(self.layer, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, memory.mask)  # Eq. 9 over all that was read
         return self.attn_out(y.transpose(1, 2).flatten(2))
 
     def ffn(self, x):
         """x (B, T, d) -> (B, T, d); the gate of Eq. 12 is applied by add."""
         return self.ffn_out(F.gelu(self.ffn_in(x)))
 
-    def add(self, x, branch, gain, gate=None):
-        """x + gain * gate * branch: a branch (B, T, d) joins the residual stream x, scaled by its signals (B, T, 1); no
-        gate is a gate of 1, no gain the plain Transformer."""
+    def add(self, x, branch, gain=None, gate=None):
+        """x + gain * gate * branch: a branch (B, T, d) joins the residual stream x (B, T, d).
+
+        gain, gate: (B, T, 1). No gate is a gate of 1; no gain is the plain Transformer."""
         branch = F.dropout(branch, self.dropout, self.training)
         if gain is None:
             return x + branch
-        # Backward, the branch's weights get their gradient times the same factor: Eq. 17, "gradient shielding".
+        # Backward, the branch's weights get their gradient times the same factor: Eq. 17,
+        # "gradient shielding".
         return modulate(branch, x, gain, gate)
 
-    def forward(self, x, signals=None):
-        """x (B, T, d), this layer's signals (B, T, 3) or None for the plain Transformer -> (B, T, d)."""
-        gain, precision, gate = (None,) * 3 if signals is None else signals.split(1, dim=-1)  # (B, T, 1) each
-        x = self.add(x, self.attention(self.attn_norm(x), precision), gain)  # Eq. 10
-        return self.add(x, self.ffn(self.ffn_norm(x)), gain, gate)  # Eq. 11, with the gate of Eq. 12
+    def forward(self, x, signals=None, memory=None):
+        """x (B, T, d), the layer's signals (B, T, 3), None: a plain Transformer -> (B, T, d)."""
+        gain = precision = gate = None
+        if signals is not None:
+            gain, precision, gate = signals.split(1, dim=-1)  # (B, T, 1) each
+        x = self.add(x, self.attention(self.attn_norm(x), precision, memory), gain)  # Eq. 10
+        return self.add(x, self.ffn(self.ffn_norm(x)), gain, gate)  # Eq. 11, with Eq. 12's gate
 
 
-# ---- Model and loss --------------------------------------------------------------------------------------------------
+# ---- Memory ------------------------------------------------------------------------------------
+class Memory:
+    """What a model remembers of the tokens it has read, for B texts side by side.
+
+    `model(ids, memory=memory)` reads more tokens: keys, values and the salience state of the
+    earlier ones are here, so nothing is read twice. It holds at most block_size tokens.
+
+    On a GPU a step does the same work at every position (it looks at all slots, with a mask, and
+    finds its position on the device), so that it can be captured as a CUDA graph and replayed."""
+
+    def __init__(self, model, batch_size):
+        c = model.config
+        weight = model.embed.weight
+        shape = (c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        self.keys = weight.new_zeros(shape)
+        self.values = weight.new_zeros(shape)
+        log_sum = weight.new_zeros(batch_size, c.ncn_heads, 1, dtype=torch.float32)
+        average = log_sum.new_zeros(batch_size, c.ncn_heads, 1, c.n_embd // c.ncn_heads)
+        self.salience = [log_sum, average]  # see salience_step
+        self.slots = torch.arange(c.block_size, device=weight.device)
+        self.position = self.slots[:1].clone()  # how many tokens were read, on the device ...
+        self.signals = None  # of the tokens read last, as the blocks got them: (B, T, L, 3)
+        self.clear()
+
+    def clear(self):
+        """Forgets everything."""
+        self.length = 0  # ... and on the host
+        self.position.zero_()
+        self.salience[0].fill_(-math.inf)  # the log of a sum of no weights
+
+    def open(self, T):
+        """Prepares for T more tokens -> their positions (T,). Raises ValueError if it is full."""
+        slots = len(self.slots)
+        if self.length + T > slots:
+            raise ValueError(f"{self.length} + {T} tokens do not fit into block_size {slots}")
+        positions = self.position + self.slots[:T]
+        self.end = slots if positions.is_cuda else self.length + T
+        self.mask = None  # one token looks at all that a CPU shows it
+        if T > 1 or positions.is_cuda:
+            self.mask = self.slots[: self.end] <= positions[:, None]  # (T, end)
+        return positions
+
+    def append(self, layer, k, v):
+        """k, v (B, h, T, e) of a layer's new tokens -> those of all tokens, (B, h, end, e)."""
+        write_cache(self.keys[layer], self.values[layer], k, v, self.position)
+        return self.keys[layer, :, :, : self.end], self.values[layer, :, :, : self.end]
+
+    def close(self, T, signals):
+        """The T tokens are read, with these signals."""
+        self.length += T
+        self.position += T
+        self.signals = signals
+
+
+# ---- Model and loss ----------------------------------------------------------------------------
 Loss = namedtuple("Loss", "total task homeostatic")
 
 
@@ -283,186 +344,207 @@ class ModulatedLM(nn.Module):
         super().__init__()
         seed = int(torch.randint(2**31, ()))  # drawn before anything that differs between variants
         self.config = config
-        self.checkpoint_blocks = False  # see hidden
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head: the two are tied
+        self.checkpoint_blocks = False  # keep only a block's input, compute it again in backward
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output head
         self.position = nn.Embedding(config.block_size, config.n_embd)
         self.controller = Controller(config) if config.signals else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
         self.init_weights(seed)
 
     def init_weights(self, seed):
         """Normal weights of variance 1 / inputs, sinusoidal positions, a neutral controller."""
-        # Each matrix draws from a generator of its own, named after it: what a variant adds changes nothing elsewhere.
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() > 1:
-                std = p.size(1) ** -0.5  # 1 / sqrt(inputs) keeps the variance; the embedding counts as the head
-                if name.endswith(("attn_out.weight", "ffn_out.weight")):  # as in GPT-2, whatever the depth
+                std = p.size(1) ** -0.5  # keeps the variance; the embedding counts as the head
+                if name.endswith(("attn_out.weight", "ffn_out.weight")):  # as GPT-2, for any depth
                     std /= math.sqrt(2 * self.config.n_layer)
-                nn.init.normal_(p, std=std, generator=torch.Generator().manual_seed(seed + zlib.crc32(name.encode())))
-        # The position embeddings are learned, but start as sinusoids (Vaswani et al. 2017) of the same size: "the token
-        # before" is then one rotation for all positions. On the demo stories that saves a tenth of the steps.
+                # A generator of its own, named after the matrix: whatever a variant adds, the
+                # other matrices stay the same.
+                own = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+                nn.init.normal_(p, std=std, generator=own)
+        # Position embeddings are learned, but start as sinusoids (Vaswani et al. 2017) of the same
+        # size: "the token before" is then one rotation for all positions. On the demo stories that
+        # saves a tenth of the steps.
         T, d = self.position.weight.shape
-        phase = torch.arange(T)[:, None] * 1e-4 ** torch.linspace(0, 1, -(-d // 2))
+        phase = torch.arange(T)[:, None] * 1e-4 ** torch.linspace(0, 1, (d + 1) // 2)
+        sinusoids = torch.cat([phase.sin(), phase.cos()], dim=1)[:, :d]
         with torch.no_grad():
-            self.position.weight.copy_((2 / d) ** 0.5 * torch.cat([phase.sin(), phase.cos()], dim=1)[:, :d])
+            self.position.weight.copy_((2 / d) ** 0.5 * sinusoids)
         if self.controller:
             self.controller.start_neutral()
 
-    def embeddings(self, ids):
+    def embeddings(self, ids, memory=None):
         """ids (B, T) -> (B, T, d): what the blocks get and the controller reads."""
-        if ids.size(1) > self.config.block_size:
-            raise ValueError(f"{ids.size(1)} tokens do not fit into block_size {self.config.block_size}")
-        x = self.embed(ids) + self.position.weight[: ids.size(1)]
+        T = ids.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
+        if memory is None:
+            positions = torch.arange(T, device=ids.device)
+        else:
+            positions = memory.open(T)
+        x = self.embed(ids) + self.position(positions)
         return F.dropout(x, self.config.dropout, self.training)
 
     def check_control(self, control, B, T):
-        """A control (B, n_control) or (B, T, n_control) -> (B, 1 or T, n_control), None -> None. Raises ValueError."""
+        """A control (B, n_control) or (B, T, n_control) -> (B, 1 or T, n_control); None stays."""
         if control is None:
             return None
-        if not (n := self.config.n_control):
+        n = self.config.n_control
+        if n == 0:
             raise ValueError("this model takes no control: its n_control is 0")
         if tuple(control.shape) not in ((B, n), (B, T, n)):
-            raise ValueError(f"control has shape {tuple(control.shape)}, it must be {(B, n)} or {(B, T, n)}")
+            raise ValueError(f"control has shape {tuple(control.shape)}, "
+                             f"it must be {(B, n)} or {(B, T, n)}")
         return control[:, None] if control.dim() == 2 else control
 
-    def hidden(self, ids, salience=None, edit=None, control=None):
-        """ids (B, T) -> the last hidden state (B, T, d), and the signals (B, T, L, 3), None without a controller."""
-        x, control = self.embeddings(ids), self.check_control(control, *ids.shape)  # (B, T, d), (B, 1 or T, n_control)
-        signals, per_layer = None, [None] * self.config.n_layer
-        if self.controller:  # backward, the controller learns through every signal at once: Eq. 16
-            signals = self.controller(x, salience or self.config.salience, control)  # (B, T, L, 3)
-            per_layer = (edit(signals) if edit else signals).unbind(2)  # L x (B, T, 3)
+    def hidden(self, ids, memory=None, salience=None, edit=None, control=None, real=None):
+        """ids (B, T) -> the last hidden state (B, T, d), and the signals (B, T, L, 3) or None."""
+        salience = salience or self.config.salience
+        check_salience(salience)
+        if memory is not None and salience == "global":
+            salience = "causal"  # the tokens read so far are all there is
+        control = self.check_control(control, *ids.shape)  # (B, 1 or T, n_control)
+        x = self.embeddings(ids, memory)  # (B, T, d)
+        signals = used = None
+        per_layer = [None] * self.config.n_layer
+        if self.controller:  # backward, it learns through every signal at once: Eq. 16
+            signals = self.controller(x, salience, control, memory, real)  # (B, T, L, 3)
+            used = edit(signals) if edit else signals
+            per_layer = used.unbind(2)  # L x (B, T, 3)
         for block, s in zip(self.blocks, per_layer, strict=True):
-            if self.checkpoint_blocks and self.training:  # keep a block's input only, and compute it again in backward
+            if self.checkpoint_blocks and self.training:
                 x = checkpoint(block, x, s, use_reentrant=False)
             else:
-                x = block(x, s)
+                x = block(x, s, memory)
+        if memory is not None:
+            memory.close(ids.size(1), used)
         return self.norm(x), signals
 
-    def forward(self, ids, targets=None, salience=None, edit=None, control=None):
-        """ids (B, T) int64 -> logits (B, T, V); with targets (B, T) int64, of which negative ones are ignored, a Loss
-        instead: total = task + homeostatic, in nats per token (float32 scalars). Raises ValueError if T > block_size.
-        control: (B, n_control), or (B, T, n_control) from token to token; none is a control of zeros.
+    def logits(self, x):
+        """The output head: hidden states (..., d) -> logits (..., V)."""
+        return F.linear(x, self.embed.weight)
 
-        salience overrides the config's mode. edit, a function from signals (B, T, L, 3) to signals, changes them
-        before use: to dose a modulator or to pin it. The homeostatic loss is that of the unedited signals."""
-        x, signals = self.hidden(ids, salience, edit, control)
+    def forward(self, ids, targets=None, memory=None, salience=None, edit=None, control=None):
+        """ids (B, T) int64 -> logits (B, T, V), or instead:
+
+        with targets (B, T) int64, of which negative ones are ignored, a Loss of float32 scalars,
+        total = task + homeostatic, in nats per token; with a memory, which then holds these tokens,
+        too, the last token's logits (B, V).
+
+        salience overrides the config's mode. edit, a function from signals (B, T, L, 3) to signals,
+        changes them before use: to dose a modulator or to pin it; the homeostatic loss is that of
+        the unedited ones. control: (B, n_control), or (B, T, n_control) from token to token; none
+        is a control of zeros. Raises ValueError for more tokens than block_size."""
+        real = None if targets is None else not_padding(targets)
+        x, signals = self.hidden(ids, memory, salience, edit, control, real)
+        if memory is not None:
+            return self.logits(x[:, -1])
         if targets is None:
-            return F.linear(x, self.embed.weight)
-        task = linear_cross_entropy(x, self.embed.weight, targets)  # forms the gradients in the same pass
+            return self.logits(x)
+        task = linear_cross_entropy(x, self.embed.weight, targets)  # loss and gradients in one pass
         homeostatic = task.new_zeros(())
         if signals is not None:
-            penalty = (signals - 1).square().sum(-1).mean(-1)  # (B, T): sum over the three signals, mean over layers
-            counted = targets >= 0  # padding has no task, so it has no price
-            penalty = (penalty * counted).sum() / counted.sum().clamp(min=1)
-            homeostatic = self.config.homeostatic_lambda * penalty  # Eq. 18
+            price = (signals - 1).square().sum(-1).mean(-1)  # (B, T), the mean over layers
+            counted = targets >= 0  # a token without a task has no price
+            price = (price * counted).sum() / counted.sum().clamp(min=1)
+            homeostatic = self.config.homeostatic_lambda * price  # Eq. 18
         return Loss(task + homeostatic, task, homeostatic)  # Eq. 19; Eq. 15 says the same
 
     @torch.no_grad()
     def signals(self, ids, salience=None, control=None):
-        """ids (B, T) -> (B, T, L, 3) float32: gain, precision, gate. All ones without a controller. In eval mode."""
+        """ids (B, T) -> gain, precision, gate (B, T, L, 3), float32; all 1 without a controller."""
         control = self.check_control(control, *ids.shape)
         if not self.controller:
-            return torch.ones(*ids.shape, self.config.n_layer, 3, device=ids.device)
+            return torch.ones(*ids.shape, self.config.n_layer, len(SIGNALS), device=ids.device)
         return self.controller(self.embeddings(ids), salience or self.config.salience, control)
 
-    # ---- Files -------------------------------------------------------------------------------------------------------
+    # ---- Files ---------------------------------------------------------------------------------
 
     def save(self, path, **more):
-        """Writes config, weights and `more` (tensors, plain values). Raises OSError; FloatingPointError for a NaN."""
+        """Writes config, weights and `more` (tensors, plain values). Raises OSError."""
         content = {"config": asdict(self.config), "model": self.state_dict(), **more}
-        if not all_finite(content):
-            raise FloatingPointError(f"cannot save {path}: the weights are not finite")
         write_file(path, lambda file: torch.save(content, file))
 
     @classmethod
     def load(cls, path):
-        """The model of a checkpoint, ours or the paper authors', on the CPU. Raises OSError or ValueError."""
+        """The model of a checkpoint, ours or the paper authors', on the CPU, in eval mode.
+
+        Raises OSError or ValueError."""
         return cls.from_checkpoint(load_file(path), path)
 
     @classmethod
-    def from_checkpoint(cls, ckpt, path="checkpoint"):
-        """As load, from the dict that load_file returns; path only serves the error message."""
+    def from_checkpoint(cls, content, path):
+        """As load, from what load_file has returned; path serves the error message."""
         try:
-            if "embed.weight" in (state := ckpt.get("model", {})):
-                config = NCNConfig(**ckpt["config"])
-                sizes = [t.untyped_storage().nbytes() for t in state.values() if t.is_floating_point()]
-                if len(sizes) < len(state) or config.n_weights() > sum(sizes):
-                    raise ValueError("fewer weights than its config says")
-                model = cls(config)
-                model.load_state_dict(state)
-            else:
-                state, config = ckpt.get("model_state_dict", ckpt), ckpt.get("config")
-                config = config if isinstance(config, dict) else {}
-                model = cls.from_reference(state, config.get("nhead", 8), config.get("ncn_heads", 2))
-            if not all_finite(model.state_dict()):
-                raise ValueError("weights that are not finite")
+            if "model" not in content:
+                config = content.get("config") or {}
+                state = content.get("model_state_dict", content)
+                return cls.from_reference(state, config.get("nhead", 8), config.get("ncn_heads", 2))
+            model = cls(NCNConfig(**content["config"]))
+            model.load_state_dict(content["model"])
             return model.eval()
         except Exception as error:  # a dict of anything at all can come out of a file
-            raise ValueError(f"{path} holds no NCN model: {type(error).__name__}, {error}".splitlines()[0]) from None
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} holds no NCN model ({reason})") from None
 
     @classmethod
     def from_reference(cls, state_dict, n_head=8, ncn_heads=2, salience="global"):
-        """The model of the paper authors' own state dict (`transformer_layers.0.self_attn.q_proj.weight`, ...)."""
-        s = {name.removeprefix("module."): t for name, t in state_dict.items()}
-        layers = 1 + max(int(name.split(".")[1]) for name in s if name.startswith("transformer_layers."))
-        vocab_size, d = s["token_embeddings.weight"].shape
-        ours = {"embed.weight": s["token_embeddings.weight"], "position.weight": s["position_embeddings.weight"],
-                "norm.weight": s["final_norm.weight"], "controller.query": s["ncn.control_query"].view(1, d),
-                "controller.norm.weight": s["ncn.ncn_norm.weight"]}
-        for kind in ("weight", "bias"):
-            ours[f"controller.in_proj.{kind}"] = s[f"ncn.pooling_attn.in_proj_{kind}"]
-            ours[f"controller.out_proj.{kind}"] = s[f"ncn.pooling_attn.out_proj.{kind}"]
-            ours[f"controller.layer1.{kind}"] = s[f"ncn.layer1.{kind}"]
-            ours[f"controller.layer2.{kind}"] = s[f"ncn.layer2.{kind}"]
-        for i in range(layers):
-            theirs, block = f"transformer_layers.{i}.", f"blocks.{i}."
-            ours[block + "qkv.weight"] = torch.cat([s[f"{theirs}self_attn.{x}_proj.weight"] for x in "qkv"])
-            ours[block + "attn_out.weight"] = s[theirs + "self_attn.out_proj.weight"]
-            for ffn, linear in (("ffn_in", "linear1"), ("ffn_out", "linear2")):
-                for kind in ("weight", "bias"):
-                    ours[f"{block}{ffn}.{kind}"] = s[f"{theirs}feed_forward.{linear}.{kind}"]
-            ours[block + "attn_norm.weight"] = s[theirs + "norm1.weight"]
-            ours[block + "ffn_norm.weight"] = s[theirs + "norm2.weight"]
-        model = cls(NCNConfig(vocab_size, s["position_embeddings.weight"].size(0), layers, n_head, d,
-                              ncn_hidden=s["ncn.layer1.weight"].size(0), ncn_heads=ncn_heads, salience=salience))
+        """The model of the paper authors' own state dict, whose names differ from ours."""
+        theirs = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+        vocab_size, d = theirs["token_embeddings.weight"].shape
+        n_layer = len([name for name in theirs if name.endswith("q_proj.weight")])
+        config = NCNConfig(
+            vocab_size=vocab_size, block_size=len(theirs["position_embeddings.weight"]),
+            n_layer=n_layer, n_head=n_head, n_embd=d, ncn_hidden=len(theirs["ncn.layer1.weight"]),
+            ncn_heads=ncn_heads, salience=salience)
+        ours = {}
+        for name, tensor in theirs.items():
+            for old, new in THEIR_NAMES.items():
+                name = name.replace(old, new)
+            ours[name] = tensor
+        ours["controller.query"] = ours["controller.query"].view(1, d)
+        for layer in range(n_layer):
+            q, k, v = (ours.pop(f"blocks.{layer}.{x}_proj.weight") for x in "qkv")
+            ours[f"blocks.{layer}.qkv.weight"] = torch.cat([q, k, v])
+        ours.pop("output_head.weight", None)  # tied to the embedding
+        model = cls(config)
         model.load_state_dict(ours)
         return model.eval()
 
 
-def all_finite(content):
-    """Whether no tensor in content, dicts of dicts of them, holds a NaN or an infinite number."""
-    if isinstance(content, dict):
-        return all(map(all_finite, content.values()))
-    return not isinstance(content, torch.Tensor) or bool(content.isfinite().all())
+THEIR_NAMES = {  # parts of the authors' names -> ours
+    "token_embeddings.": "embed.", "position_embeddings.": "position.", "final_norm.": "norm.",
+    "ncn.control_query": "controller.query", "ncn.pooling_attn.in_proj_": "controller.in_proj.",
+    "ncn.pooling_attn.": "controller.", "ncn.ncn_norm.": "controller.norm.", "ncn.": "controller.",
+    "transformer_layers.": "blocks.", "self_attn.out_proj.": "attn_out.", "self_attn.": "",
+    "feed_forward.linear1.": "ffn_in.", "feed_forward.linear2.": "ffn_out.",
+    "norm1.": "attn_norm.", "norm2.": "ffn_norm.",
+}
 
 
-def has_form(found, like):
-    """Whether found, from a file, is like `like`: a dict with its keys, a finite tensor of its shape, of its type."""
-    if isinstance(like, dict):
-        return isinstance(found, dict) and all(key in found and has_form(found[key], like[key]) for key in like)
-    if isinstance(like, torch.Tensor):
-        return isinstance(found, torch.Tensor) and all_finite(found) and (
-            found.shape, found.dtype, found.is_contiguous()) == (like.shape, like.dtype, True)
-    return type(found) is type(like)
+def not_padding(targets):
+    """targets (B, T) -> (B, T) bool: the tokens up to a row's last target. The others are padding.
+
+    A row without any target keeps its first token, so that a softmax has something to sum over."""
+    later_targets = (targets >= 0).flip(1).cumsum(1).flip(1)  # how many stand at t or behind it
+    later_targets[:, 0] += 1
+    return later_targets > 0
 
 
 def write_file(path, write):
-    """Calls write(file) on a file under a temporary name, then renames it: whatever goes wrong, the earlier file stays
-    as it was. Raises OSError."""
-    part = f"{path}.part"
+    """Calls write(file) on a new file, then gives it its name: whatever goes wrong, an earlier file
+    stays as it was. Raises OSError."""
+    part = f"{path}.{os.getpid()}.part"
     try:
-        if os.path.lexists(part):  # a crash has left it; or it is a link, and leads to another file
-            os.remove(part)
-        with open(part, "xb") as file:
+        with open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
     finally:
         if os.path.exists(part):
@@ -470,61 +552,91 @@ def write_file(path, write):
 
 
 def load_file(path):
-    """The dict in a checkpoint, on the CPU; runs no code from it (weights_only). Raises OSError or ValueError."""
+    """The dict in a checkpoint, on the CPU; runs no code from it. Raises OSError or ValueError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint {path}: train one first, or name one that is there")
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
-            raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(f"{path} is not a checkpoint that can be read safely: {type(error).__name__}, the file is "
-                         "damaged, cut short, or holds more than tensors and plain values") from None
+        raise ValueError(f"cannot read {path} ({type(error).__name__}): it is damaged, or holds "
+                         "more than tensors and plain values") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no NCN model")
     return content
 
 
-# ---- A demonstration: `python ncn.py` --------------------------------------------------------------------------------
-@torch.no_grad()
-def main():
-    """Prints what the README's tour explains: sizes, the start, the leak, the salience cache, four tokens by hand."""
-    torch.manual_seed(0)
-    model, ids = ModulatedLM(NCNConfig()).eval(), torch.randint(50257, (1, 64))
+# ---- A demonstration: `python ncn.py` ----------------------------------------------------------
+def show_sizes(model, ids):
     print("1. Parameters at the paper's sizes")
-    for name, part in (*model.named_children(), ("all", model)):
-        count, total = (sum(p.numel() for p in m.parameters()) for m in (part, model))
+    total = sum(p.numel() for p in model.parameters())
+    for name, part in model.named_children():
+        count = sum(p.numel() for p in part.parameters())
         print(f"   {name:12}{count:>12,}{count / total:8.2%}")
-    start = zip(SIGNALS, model.signals(ids).mean((0, 1, 2)), strict=True)
-    print("2. Signals at step 0:", *(f"{name} {mean:.4f}" for name, mean in start))
+    print(f"   {'all':12}{total:>12,}")
+    print("2. Signals at step 0, mean over layers and tokens")
+    means = model.signals(ids).mean((0, 1, 2))
+    for name, mean in zip(SIGNALS, means, strict=False):
+        print(f"   {name:12}{mean:.4f}")
 
-    nn.init.normal_(model.controller.layer2.weight)  # as if it had learned, since a new controller hardly moves
-    other = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % 50257], dim=1)
+
+def show_leak(model, ids):
     print("3. One changes the last token. How far do the logits of the tokens before it move?")
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % model.config.vocab_size
     for mode in SALIENCE:
-        leak = (model(ids, salience=mode) - model(other, salience=mode))[:, :-1].abs().max().item()
-        print(f"   {mode:12}{leak:.6f}" + "  it sees the future" * (leak > 1e-4))
+        difference = model(ids, salience=mode) - model(other, salience=mode)
+        leak = difference[:, :-1].abs().max()
+        remark = "it sees the future" if leak > 1e-4 else ""
+        print(f"   {mode:12}{leak:.6f}  {remark}")
 
-    scores, values = 9 * torch.randn(1, 2, 600), torch.randn(1, 2, 600, 128)  # (B, h, T), (B, h, T, e)
-    pooled, _ = salience_pool(scores, values)  # all tokens at once
-    _, state = salience_pool(scores[:, :, :1], values[:, :, :1])  # the first token, then 599 more, one by one
-    with_1 = F.pad(values, (0, 1), value=1.0)
-    steps = [salience_step(scores[:, :, t : t + 1], with_1[:, :, t], state) for t in range(1, 600)]  # (B, h, e) each
-    apart, size = (pooled[:, :, 1:] - torch.stack(steps, dim=2)).abs().max(), sum(x.numel() for x in state)
-    print(f"4. Salience cache against pool, 600 tokens: largest difference {apart:.0e}, state {size} numbers")
 
-    print("5. Four tokens by hand. Salience exp(score) 1, 2, 1, 4 and value 1, 4, 7, 2:")
-    score, value = torch.tensor([1.0, 2.0, 1.0, 4.0]).log(), torch.tensor([1.0, 4.0, 7.0, 2.0])
-    pooled, _ = salience_pool(score.view(1, 1, 4), value.view(1, 1, 4, 1))
-    print("   context 1/1, 9/3, 16/4, 24/8      =", *(f"{x:.0f}" for x in pooled.flatten()))
-    gain, precision, gate = actuate(torch.tensor([[math.log(3), math.log(math.exp(1.99) - 1), math.log(3)]]))[0]
-    print(f"   signals 2 * 3/4, 1.99 + 0.01, 3/4 = {gain:.2f} {precision:.2f} {gate:.2f}")
-    q, k, v = torch.tensor([[1.0]]), torch.tensor([0.0, 0, 0, math.log(3)]), torch.tensor([0.0, 0, 0, 12])
-    plain, sharp = (F.scaled_dot_product_attention(beta * q, k[:, None], v[:, None]) for beta in (1, precision))
-    x = modulate(sharp, torch.ones(1, 1), gain.view(1, 1))  # Eq. 10
-    y = modulate(torch.full((1, 1), 4.0), x, gain.view(1, 1), gate.view(1, 1))  # Eq. 11, 12, where the FFN says 4
-    print(f"   attention 12 * 3/6, sharper 9/12  = {plain.item():.2f} {sharp.item():.2f}\n"
-          f"   block 1 + 1.5 * 9, + 1.5 * 3/4 * 4 = {x.item():.2f} {y.item():.2f}")
+def show_memory(model, ids):
+    print("4. Reading token by token with a memory, beside one pass over all of the text")
+    memory = Memory(model, len(ids))
+    steps = [model(ids[:, t : t + 1], memory=memory) for t in range(ids.size(1))]  # T x (B, V)
+    apart = (torch.stack(steps, dim=1) - model(ids)).abs().max()
+    state = sum(tensor.numel() for tensor in memory.salience)
+    cache = memory.keys[:, :, :, : memory.length].numel() * 2
+    print(f"   largest difference of the logits {apart:.0e}\n"
+          f"   numbers that are kept: {cache:,} keys and values, {state} for the controller")
+
+
+def show_four_tokens():
+    print("5. Four tokens by hand: salience exp(score) 1, 2, 1, 4 and value 1, 4, 7, 2")
+    scores = torch.tensor([1.0, 2.0, 1.0, 4.0]).log()
+    values = torch.tensor([1.0, 4.0, 7.0, 2.0])
+    state = [torch.full((1, 1, 1), -math.inf), torch.zeros(1, 1, 1, 1)]  # nothing was read yet
+    for score, value in zip(scores, values, strict=True):
+        context = salience_step(score.view(1, 1, 1), value.view(1, 1, 1, 1), state)
+        weight = state[0].exp()
+        print(f"   + {value:.0f}, exp(score) {score.exp():.0f}: "
+              f"sum of weights {weight.item():.0f}, context {context.item():.0f}")
+
+
+def show_shielding(model):
+    print("6. Gradient shielding: the gradient of an FFN's weights, at half the gain")
+    block = model.blocks[0]
+    x = torch.randn(1, 8, model.config.n_embd)
+    weight = block.ffn_in.weight
+    for gain in (1.0, 0.5):
+        out = block.add(x, block.ffn(x), torch.full((1, 8, 1), gain))
+        gradient = torch.autograd.grad(out.sum(), weight)[0]
+        print(f"   gain {gain}: norm {gradient.norm():.4f}")
+
+
+def main():
+    """Prints sizes, the start, the leak of `global`, the memory, four tokens by hand, shielding."""
+    torch.manual_seed(0)
+    model = ModulatedLM(NCNConfig()).eval()
+    ids = torch.randint(model.config.vocab_size, (1, 64))
+    with torch.no_grad():
+        show_sizes(model, ids)
+        # As if it had learned: the signals of a new controller hardly move.
+        nn.init.normal_(model.controller.layer2.weight)
+        show_leak(model, ids)
+        show_memory(model, ids)
+        show_four_tokens()
+    show_shielding(model)
 
 
 if __name__ == "__main__":
