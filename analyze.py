@@ -396,13 +396,13 @@ def plot_sample_efficiency(fits, folder):
     """sample_efficiency.png: the smoothed losses of (Run, Efficiency) and their power laws."""
     fig, ax = plt.subplots(figsize=(10, 6))
     for i, (run, e) in enumerate(fits):
-        style = {"color": f"C{i}"}
+        colour = f"C{i}"
         a, b, c = e.law
         label = f"{run.name}: {a:.2f} + {b:.3g} s^-{c:.2f}, SEI {e.sei:.3f}"
         active = slice(e.p95, e.p99 + 1)
-        ax.plot(e.step, e.loss, **style, label=label)
-        ax.plot(e.step, a + b * e.step**-c, "--", **style)
-        ax.plot(e.step[active], e.loss[active], **style, lw=7, alpha=0.35)
+        ax.plot(e.step, e.loss, colour, label=label)
+        ax.plot(e.step, a + b * e.step**-c, "--", color=colour)
+        ax.plot(e.step[active], e.loss[active], colour, lw=7, alpha=0.35)
     ax.set(xscale="log", xlabel="optimizer step s (log scale)", ylabel="loss (nats per token)")
     ax.set_title("Dashed: the power law. Broad: the active phase, 95% to 99% of the improvement")
     ax.legend()
@@ -571,7 +571,7 @@ def plot_comparison(groups, first, folder):
     fig = plt.figure(figsize=(10, 8.6))
     left, right, below = fig.subplot_mosaic("AB;CC").values()
     for i, (label, group) in enumerate(groups.items()):
-        style = {"color": f"C{i}", "marker": "."}
+        style = dict(color=f"C{i}", marker=".")
         steps, losses = curves(group.values())
         minutes = np.mean([run.minutes for run in group.values()]) * steps / steps[-1]
         left.plot(steps, losses.mean(axis=0), **style, label=f"{label} ({len(group)})")
@@ -652,7 +652,7 @@ def scan(model, tokenizer, text, title, folder):
     if not tokens:
         raise ValueError('the text has no tokens: give some, as in --scan "Once upon a time"')
     ids = torch.tensor([tokens], device=model.embed.weight.device)
-    signals = model.signals(ids)[0].cpu().numpy()  # (T, L, 3)
+    signals = model.signals(ids)[0, ..., :3].cpu().numpy()  # (T, L, 3): without a reader's own
     labels = [tokenizer.decode([t]).replace(" ", "·").replace("\n", "↵") for t in tokens]
     print(f"\nSpecialisation: mean ± standard deviation of each signal over {len(tokens)} tokens")
     print_signals(signals)
@@ -703,8 +703,13 @@ def validation_batches(model, folder, checkpoint):
 
 def pinned(names, values):
     """An edit for the model: the signals of these names become values (L, 3)."""
-    chosen = torch.tensor([name in names for name in SIGNALS], device=values.device)
-    return lambda signals: torch.where(chosen, values, signals)
+    def edit(signals):
+        signals = signals.clone()
+        for i, name in enumerate(SIGNALS):
+            if name in names:
+                signals[..., i] = values[:, i]
+        return signals
+    return edit
 
 
 @torch.no_grad()
@@ -717,7 +722,7 @@ def ablations(model, batches):
     moving is worth. Pinned to 1, neutral, it is gone. "prefix only" lets a `global` model's
     salience see tokens 0..t (causal mode), all there is when it generates: what that adds is the
     leak, what the sight of the future had taken off."""
-    signals = torch.cat([model.signals(x)[y >= 0] for x, y in batches])
+    signals = torch.cat([model.signals(x)[y >= 0][..., :3] for x, y in batches])
     mean = signals.mean(dim=0)  # (L, 3)
     conditions = {"as trained": {}}
     for how, values in (("mean", mean), ("neutral", torch.ones_like(mean))):

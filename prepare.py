@@ -65,9 +65,7 @@ def tokenizer_of(meta):
         pattern = r"[\s\S]{1,99}"           # nothing is merged, so any cut will do
     else:
         raise ValueError(f"unknown tokenizer {name!r}: use gpt2, words or bytes")
-    size = meta.get("vocab_size")
-    if size is None:
-        size = len(tokens) + 1
+    size = meta.get("vocab_size") or len(tokens) + 1
     if not 257 <= size <= len(tokens) + 1:
         raise ValueError(f"{name} can have a vocabulary of 257 to {len(tokens) + 1}, not of {size}")
     ranks = {token: rank for rank, token in enumerate(tokens[:size - 1])}
@@ -646,7 +644,7 @@ def locked(folder, work):
 
 def read_arguments():
     """The command line, checked. Raises ValueError."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(fail(message))
     add = parser.add_argument
     add("input", nargs="*",

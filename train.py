@@ -486,15 +486,14 @@ def recorded(run, work):
 
     A graph has one row length. All are recorded before the first step: recording runs the work
     first, with a share of 0, and then sets the gradients to 0."""
-    s = run.settings
-    c = run.model.config
+    longest = run.model.config.block_size
+    shortest = longest if run.settings["rows"] == "contiguous" else run.bucket
     graphs = {}
     pool = torch.cuda.graph_pool_handle()
-    shortest = run.bucket if s["rows"] == "aligned" else c.block_size
-    for length in range(shortest, c.block_size + run.bucket, run.bucket):
-        ids = torch.zeros(s["batch_size"], length, dtype=torch.long, device=run.device)
-        control = ids.new_zeros(*ids.shape, c.n_control, dtype=torch.float) if c.n_control else None
-        inputs = [ids, ids.clone(), ids.new_zeros((), dtype=torch.float), control]
+    for length in range(shortest, longest + run.bucket, run.bucket):
+        rows = np.array([[0, length]] * run.settings["batch_size"])
+        x, y, control = fetch(run, run.train, rows)
+        inputs = [x, y, torch.zeros((), device=run.device), control]
         for _ in range(2):  # what is compiled, measured or allocated at first use
             work(*inputs)
         run.model.zero_grad(set_to_none=False)  # a graph writes where it wrote when recorded
@@ -536,20 +535,25 @@ def update(run):
     return norm
 
 
-def train_step(run, work, batches):
-    """One step -> the losses of this process's micro-batches (2,) and the gradient's norm, tensors:
-    nothing waits for a GPU."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.step + 1, run.settings)
-    losses = torch.zeros(2, device=run.device)
-    for _ in range(run.settings["grad_accum"] // WORLD):
-        number, inputs = next(batches)
-        seed = np.random.SeedSequence((run.settings["seed"], number)).generate_state(1)[0]
-        torch.manual_seed(int(seed))  # of the dropout
-        losses += work(*inputs)
-    norm = update(run)
-    run.step += 1
-    return losses, norm
+def train_steps(run):
+    """Trains without end; after each step yields the losses of this process's micro-batches (2,)
+    and the gradient's norm, tensors: nothing waits for a GPU."""
+    work = functools.partial(micro_batch, run)
+    if run.records:
+        work = recorded(run, work)
+    batches = micro_batches(run)
+    while True:
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(run.step + 1, run.settings)
+        losses = torch.zeros(2, device=run.device)
+        for _ in range(run.settings["grad_accum"] // WORLD):
+            number, inputs = next(batches)
+            seed = np.random.SeedSequence((run.settings["seed"], number)).generate_state(1)[0]
+            torch.manual_seed(int(seed))  # of the dropout
+            losses += work(*inputs)
+        norm = update(run)
+        run.step += 1
+        yield losses, norm
 
 
 # ---- Validation, checkpoints, the log ----------------------------------------------------------
@@ -709,12 +713,10 @@ def train(args, device):
 
 
 def loop(args, run, stop):
+    """Trains to the last step; now and then logs, validates and saves."""
     s = run.settings
     first = run.step + 1
-    work = functools.partial(micro_batch, run)
-    if run.records:
-        work = recorded(run, work)
-    batches = micro_batches(run)
+    steps = train_steps(run)
     meter = Meter(run)
     on_terminal = RANK == 0 and sys.stderr.isatty()
     with tqdm(total=s["max_steps"], initial=run.step, unit="step", disable=not on_terminal) as bar:
@@ -724,7 +726,7 @@ def loop(args, run, stop):
                 log.info(f"Interrupted after step {run.step}: go on with --resume")
                 raise SystemExit(128 + (stop.number or signal.SIGTERM))
             targets = targets_of_step(run, run.step)
-            losses, norm = train_step(run, work, batches)
+            losses, norm = next(steps)
             meter.nats += losses * targets
             meter.targets += targets
             bar.update()
@@ -753,44 +755,33 @@ def rescue(args, run, error):
 def bench(args, device):
     """Prints how fast steps on random tokens are, with the controller and without, alternately."""
     s, _ = settings_of(args, device.type == "cuda")
-    vocab_size = 50257
-    if os.path.exists(os.path.join(args.data, "meta.json")):
-        vocab_size = read_meta(args.data)["vocab_size"]
-    ids = torch.randint(vocab_size, (s["batch_size"], s["block_size"]), device=device)
-    inputs = (ids, ids.clone(), torch.tensor(1 / s["grad_accum"], device=device), None)
-    kernels.peak_memory(device, reset=True)
+    s = s | {"rows": "contiguous", "max_steps": 10**9}
+    vocab_size = 50257  # GPT-2's
+    tokens = np.random.default_rng(0).integers(vocab_size, size=100 * s["block_size"])
+    rows = prepare.rows_of(tokens, s["block_size"])[: s["batch_size"]]
     steps = {}
+    peaks = []  # of memory, in bytes; the second holds both models
     for name, signals in (("with the controller", s["signals"]), ("--signals none", "none")):
         config = config_of(s | {"signals": signals}, vocab_size)
         dtype = choose_dtype(device, config)[0] if args.dtype == "auto" else args.dtype
-        run = make_run(args, s | {"rows": "contiguous"}, ModulatedLM(config), device, dtype)
-        steps[name] = bench_step(run, inputs)
-        seconds(steps[name])
-        peak = kernels.peak_memory(device)
+        run = make_run(args, s, ModulatedLM(config), device, dtype)
+        run.meta = {"vocab_size": vocab_size}
+        run.train = Split(tokens, None, rows)
+        steps[name] = train_steps(run)
+        next(steps[name])  # what is allocated or compiled at first use
+        peaks.append(kernels.peak_memory(device))
     times = {name: [] for name in steps}
     for _ in range(7):
         for name, step in steps.items():
-            times[name].append(seconds(step))
+            times[name].append(seconds(lambda step=step: next(step)))
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, "
           f"{kernels.backend(device)}")
     for name, measured in times.items():
-        speed = s["grad_accum"] * ids.numel() / statistics.median(measured)
+        speed = s["grad_accum"] * rows[:, 1].sum() / statistics.median(measured)
         print(f"{name:20}{speed:>12,.0f} tokens/s")
     share = statistics.median(1 - b / a for a, b in zip(*times.values(), strict=True))
-    print(f"{'the controller':20}{share:>12.1%} of a step\n{'peak memory':20}{peak >> 20:>12,} MiB")
-
-
-def bench_step(run, inputs):
-    """A function that runs one step on the same inputs."""
-    work = functools.partial(micro_batch, run)
-    if run.records:
-        work = recorded(run, work)
-
-    def step():
-        for _ in range(run.settings["grad_accum"]):
-            work(*inputs)
-        update(run)
-    return step
+    print(f"{'the controller':20}{share:>12.1%} of a step\n"
+          f"{'peak memory with it':20}{peaks[0] >> 20:>12,} MiB")
 
 
 @command
