@@ -212,14 +212,13 @@ class Row:
         else:
             self.waiting.append(token)
 
-    def show(self, levels=None):
+    def show(self, levels=()):
         """Makes the waiting tokens text; levels, of the tokens that were read last, colour them."""
-        if levels is None:
-            levels = [None] * len(self.waiting)
-        n = min(len(self.waiting), len(levels))  # a full memory reads old tokens again
-        for i in range(-n, 0):
-            text = self.decoder.decode(self.tokenizer.decode_single_token_bytes(self.waiting[i]))
-            self.text += text if levels[i] is None else paint(text, levels[i])
+        n = len(self.waiting)
+        levels = [None] * n + list(levels)  # a token that was not read has no colour
+        for token, level in zip(self.waiting, levels[-n:], strict=False):
+            text = self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
+            self.text += text if level is None else paint(text, level)
         self.waiting = []
 
 
@@ -268,9 +267,9 @@ def trace_levels(memory, signal, layer):
 
 
 def colours_are_shown():
-    """Whether standard output is a terminal that understands colours and may show them."""
+    """Whether standard output is a terminal, and nobody asked it to do without colours."""
     os.system("")  # lets an older Windows console understand them
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def load_model(path, device):
@@ -335,8 +334,9 @@ def check_arguments(args, model, content):
     doses = [args.gain, args.precision, args.gate]
     if args.num_samples < 1:
         raise ValueError(f"--num_samples is {args.num_samples}, it must be at least 1")
-    if not 0 <= min(doses) <= max(doses) <= 1e6:  # far above, sums overflow
-        raise ValueError("--gain, --precision and --gate must be 0 or more, up to 1e6")
+    for dose in doses:
+        if not 0 <= dose <= 1e6:  # far above, sums overflow
+            raise ValueError("--gain, --precision and --gate must be 0 or more, up to 1e6")
     if not model.controller and (doses != [1, 1, 1] or args.trace):
         raise ValueError(f"{args.ckpt} was trained with --signals none: it has no controller to "
                          "dose or to trace")

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,10 +39,20 @@ import kernels
 import ncn
 import prepare
 import sample
+import sample as sampling
 import train as training
 from ncn import SALIENCE, SIGNALS, Memory, ModulatedLM, NCNConfig
 from prepare import CONTROL, END
 from sample import generate
+
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # cuda: needs a GPU
+if "cuda" not in " ".join(sys.argv[1:]):  # -m cuda; all other tests run as without a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# The models are tiny: more threads would be slower, here and in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+HERE = Path(__file__).parent
+
 
 # ==== kernels.py and kernels.cu ===================================================================
 # ==== Kernels =====================================================================================
@@ -533,41 +544,6 @@ def test_kernel_launch(fake_driver):
     assert fake_driver.calls[-1] == "cuCtxPopCurrent_v2"  # The stack of contexts is as it was.
 
 
-def test_kernel_says_why_it_is_eager(fake_driver, monkeypatch):
-    fake_driver.fail = "cuModuleLoadData"
-    assert kernels._try_gpu(GPU) is None
-    assert kernels._reasons[GPU] == "CUDA error 1 in kernels.py"
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert kernels._try_gpu(GPU) is None
-    assert kernels._reasons[GPU] == "not an NVIDIA GPU"
-    assert kernels.backend(CPU) == "kernels: eager (no GPU)"
-
-
-def test_kernel_cubin_is_kept_on_disk(tmp_path, monkeypatch):
-    result = ({"name": "symbol"}, b"\x7fELF\n\n\x00")
-    compiled = []
-
-    def compile_source(nvrtc, names, arch):
-        compiled.append(arch)
-        return result
-
-    monkeypatch.setattr(kernels, "_SOURCE", tmp_path / "kernels.cu")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(kernels, "_nvrtc", str)
-    monkeypatch.setattr(kernels, "_compile", compile_source)
-    kernels._SOURCE.write_text("// 1")
-    for arch in ("90", "90", "80"):
-        assert kernels._cubin(arch) == result
-    kernels._SOURCE.write_text("// 2")
-    kernels._cubin("80")
-    assert compiled == ["90", "80", "80"]
-    for file in (tmp_path / "__pycache__").iterdir():
-        assert file.suffix == ".cubin"  # No half-written file is left.
-        file.write_bytes(b"{damaged")
-    assert kernels._cubin("80") == result
-    assert compiled[3:] == ["80"]
-
-
 def test_kernel_eager_where_it_must(monkeypatch):
     """Odd types and shapes, empty tensors, torch.compile: the eager definition runs."""
     x = torch.ones(2, 3)
@@ -599,20 +575,6 @@ def test_kernel_eager_where_it_must(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for call in fitting:
         call()
-
-
-def test_pick_device(monkeypatch):
-    def pick(gpus, rank):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        return str(kernels.pick_device())
-
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    assert pick(0, 0) == "cpu"
-    assert pick(2, 1) == "cuda:1"
-    with pytest.raises(ValueError, match="process 2 .* torch finds 1"):
-        pick(1, 1)
 
 
 # ---- Head and loss -------------------------------------------------------------------------------
@@ -682,28 +644,6 @@ def test_linear_cross_entropy_never_holds_all_logits():
     assert 0.9 * kernels.LOGIT_BYTES < grown < 3 * kernels.LOGIT_BYTES  # All are 8 times as many.
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_kernel_under_torch_compile(monkeypatch):
-    """Compiled values and gradients are the eager ones, also for rows of another length."""
-
-    def model(x, weight, z, targets):
-        x = modulate(kernels.rms_norm(x, weight), x, actuate(z))
-        return kernels.linear_cross_entropy(kernels.rms_norm(x, weight), x[0], targets)
-
-    monkeypatch.setattr(kernels, "LOGIT_BYTES", 3 * 9 * 4)  # a few chunks
-    compiled = torch.compile(model, backend="aot_eager")
-    for T in (9, 9, 12, 15):
-        x = torch.randn(2, T, 16, requires_grad=True)
-        weight = torch.randn(16, requires_grad=True)
-        z = torch.randn(2, T, 3, requires_grad=True)
-        targets = torch.randint(-1, T, (2, T))
-        results = []
-        for function in (compiled, model):
-            loss = function(x, weight, z, targets)
-            results.append([loss, *torch.autograd.grad(loss, (x, weight, z))])
-        torch.testing.assert_close(*results)
-
-
 @pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=ON_GPU)], ids=str)
 def test_kernel_model(device, monkeypatch):
     """Loss and every gradient of a small model, with the fused kernels and without."""
@@ -727,22 +667,6 @@ def test_kernel_model(device, monkeypatch):
     torch.testing.assert_close(fused, eager, atol=2e-5, rtol=1e-4)
 
 
-def test_kernel_table(monkeypatch, capsys):
-    """`python kernels.py`, on small tensors, with kernels (on CPU threads) and a clock of its own:
-    eager 1 ms, the kernel 0.5 ms, compiled 2 ms."""
-    clock = itertools.cycle([1e-3, 5e-4, 2e-3])
-    cases = kernels.cases(3, 32, torch.float32)[:4]
-    monkeypatch.setitem(kernels._launchers, CPU, cpu_threads())
-    monkeypatch.setattr(kernels, "cases", lambda rows, d, dtype: cases)
-    monkeypatch.setattr(kernels, "seconds", lambda function, inputs: next(clock))
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    kernels.main()
-    for row in capsys.readouterr().out.splitlines()[-12:]:
-        *_, kernel_error, time, _, _, eager, compiled = row.split()
-        assert float(kernel_error) < 1e-6
-        assert (time, eager, compiled) == ("500.0", "2.00x", "4.00x")
-
-
 @pytest.mark.cuda
 @NO_GPU
 def test_kernel_graph_replays_at_new_positions():
@@ -764,7 +688,6 @@ def test_kernel_graph_replays_at_new_positions():
 
 # ==== ncn.py and sample.py ========================================================================
 # ==== ncn.py ======================================================================================
-HERE = Path(ncn.__file__).parent
 TINY = {
     "vocab_size": 61,
     "block_size": 16,
@@ -892,9 +815,11 @@ def paper_model(model, ids, control):
 def test_the_model_is_the_papers(salience, signals, sharpness):
     n_control = len(signals)
     model = lively(salience=salience, signals=signals, n_ffn=40, n_control=n_control)
+    assert len(model.blocks[0].ffn_in.weight) == 40
     control = None
     if signals:
         model.controller.query.data *= sharpness
+        model.controller.layer2.bias.data[1] = 5  # a precision at its limit
         control = torch.randn(3, 16, n_control)
     exact = copy.deepcopy(model).double()
     ids = tokens(3, 16)
@@ -908,8 +833,8 @@ def test_the_model_is_the_papers(salience, signals, sharpness):
     loss.total.backward()
     assert_near(model(ids, control=control), logits)
     assert_near(model.signals(ids, control=control), s)
-    assert_near(loss.total, total, 1e-5)
-    assert_near(loss.homeostatic, price, 1e-5)
+    assert_near(loss.total, total)
+    assert_near(loss.homeostatic, price)
     for ours, theirs in zip(model.parameters(), exact.parameters(), strict=True):
         if ours.grad is not None:
             assert_near(ours.grad, theirs.grad, 1e-3)
@@ -929,7 +854,7 @@ def test_sizes_and_neutral_start():
     {"signals": ()},
     {"salience": "constant", "n_control": 2},
     {"signals": (), "n_ffn": 150},
-], ids=str)
+])
 def test_variants_of_a_seed_share_the_base_weights(config):
     base = new_model(1)
     variant = new_model(1, **config)
@@ -937,7 +862,6 @@ def test_variants_of_a_seed_share_the_base_weights(config):
     for name, p in base.state_dict().items():
         if not name.startswith("controller") and weights[name].shape == p.shape:
             assert torch.equal(p, weights[name])
-    assert len(variant.blocks[0].ffn_in.bias) == config.get("n_ffn", 128)
     assert not torch.equal(new_model(2).embed.weight, base.embed.weight)
 
 
@@ -945,7 +869,6 @@ def test_constant_salience_is_the_same_for_every_token():
     signals = lively(salience="constant").signals(tokens(3, 16))
     first = signals[:1, :1]
     assert torch.equal(signals, first.expand_as(signals))
-    assert len(first.unique()) == 6
 
 
 @EVERY_MODE
@@ -963,8 +886,7 @@ def test_padding_counts_for_nothing(salience):
         padded[row, n:] = -1
     together = model(ids, padded)
     assert_near(torch.stack(together), alone, 1e-5)
-    nothing = model(ids, torch.full_like(ids, -1))
-    assert nothing.total == 0
+    assert model(ids, torch.full_like(ids, -1)).total == 0
 
 
 @EVERY_MODE
@@ -974,7 +896,6 @@ def test_only_global_salience_sees_the_future(salience):
     other = ids.clone()
     other[:, 9:] = (ids[:, 9:] + 7) % 61
     moved = (model(other) - model(ids)).abs().amax((0, 2))
-    assert moved[9:].min() > 0.01
     if salience == "global":
         assert moved[:9].min() > 0.001
     else:
@@ -1036,7 +957,7 @@ def test_a_control_is_zeros_by_default_and_has_a_shape():
     ids = tokens(2, 9)
     control = torch.randn(2, 3)
     assert_near(model(ids, control=0 * control), model(ids), 1e-6)
-    for shape in ((2, 2), (1, 3), (2, 8, 3)):
+    for shape in ((2, 2), (2, 8, 3)):
         with pytest.raises(ValueError, match="must be"):
             model(ids, control=torch.zeros(shape))
     with pytest.raises(ValueError, match="takes no control"):
@@ -1085,32 +1006,20 @@ def test_mixed_precision_is_close(salience):
     assert_near(signals, model.signals(ids), 0.05)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_models_in_half_precision_read_and_write(dtype):
-    """A memory is as near to the exact logits as a full pass is."""
-    model = lively()
-    ids = tokens(2, 16)
-    exact = model(ids)[:, -1]
-    model.to(dtype)
-    full = model(ids)[:, -1]
-    memory = Memory(model, 2)
-    for token in ids.split(1, 1):
-        logits = model(token, memory=memory)
-    error = (full - exact).abs().max()
-    assert (logits - exact).abs().max() < 3 * error
-    generate(model, ids, 30)
-
-
 def test_every_tensor_is_on_the_models_device():
-    """The meta device computes no values, but would refuse a tensor of the CPU."""
-    model = lively(n_control=2).to("meta")
-    ids = tokens(2, 5).to("meta")
-    control = torch.zeros(2, 2, device="meta")
-    assert model(ids, control=control).is_meta
-    assert model.signals(ids, control=control).is_meta
-    assert generate(model, ids, 30, top_p=0.9, control=control).is_meta
-    static = lively(signals=()).to("meta")
-    assert static.signals(ids).is_meta
+    """One without a device would be on the meta device, which computes no values."""
+    model = lively()
+    static = lively(signals=())
+    ids = tokens(2, 5)
+    expected = model(ids)
+    with torch.device("meta"):
+        logits = model(ids)
+        last = model(ids, memory=Memory(model, 2))
+        results = [*model(ids, ids), model.signals(ids), static.signals(ids)]
+    assert not any(tensor.is_meta for tensor in results)
+    assert_near(logits, expected)
+    assert_near(last, expected[:, -1])
+    assert generate(model.to("meta"), ids.to("meta"), 30, top_p=0.9).is_meta
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -1176,12 +1085,8 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, value", [
     ("n_head", 3),
-    ("ncn_heads", 5),
     ("n_layer", 0),
     ("block_size", 1),
-    ("dropout", 1.0),
-    ("n_ffn", -1),
-    ("homeostatic_lambda", math.inf),
     ("salience", "psychic"),
     ("signals", ["dopamine"]),
     ("signals", []),
@@ -1207,7 +1112,6 @@ def test_the_demonstration_shows_what_it_claims(capsys):
 # ==== sample.py ===================================================================================
 @pytest.mark.parametrize("temperature, top_k, top_p", [
     (1, 0, 1),
-    (0.7, 5, 1),
     (1.3, 0, 0.6),
     (0.8, 7, 0.9),
     (1, 99, 1e-9),
@@ -1232,7 +1136,7 @@ def test_draw_follows_the_stated_distribution(temperature, top_k, top_p):
 
 
 def test_draw_at_the_edges():
-    highest = torch.tensor([1 - 2**-24])
+    highest = torch.ones(1)  # where a rounded sum may lead
     tied = torch.tensor([[1.0, 3.0, 3.0, -1e30]])
     for temperature in (0, 1e-40):
         assert sample.draw(tied, highest, temperature) in (1, 2)
@@ -1241,15 +1145,14 @@ def test_draw_at_the_edges():
 
 @pytest.mark.parametrize("config, salience", [
     ({}, "causal"),
-    ({"salience": "global"}, None),
+    ({}, "global"),
     ({"n_control": 2}, "reactive"),
     ({"n_control": 2}, "constant"),
-    ({"signals": ()}, None),
-], ids=str)
+    ({"signals": ()}, "causal"),
+])
 @pytest.mark.parametrize("block_size, prompt", [
     (16, 1),
     (16, 40),
-    (3, 7),
     (2, 1),
 ])
 def test_greedy_text_is_that_of_full_passes(config, salience, block_size, prompt):
@@ -1258,7 +1161,7 @@ def test_greedy_text_is_that_of_full_passes(config, salience, block_size, prompt
     control = torch.randn(3, 2) if "n_control" in config else None
     text = generate(model, tokens(3, prompt), 40, 0, salience=salience, control=control)
     assert len(text[:, prompt:].unique()) > 1  # not stuck where any memory would look right
-    mode = salience or "causal"
+    mode = salience.replace("global", "causal")
     start = 0
     for known in range(prompt, prompt + 40):
         if known - start > block_size:
@@ -1271,8 +1174,7 @@ def test_packed_matrices_compute_the_same_and_change_no_model():
     model = lively(vocab_size=999, n_embd=6, n_ffn=7, ncn_hidden=5).train()
     before = copy.deepcopy(model.state_dict())
     ids = tokens(2, 9)
-    packed = sample.for_generation(model)
-    assert_near(packed(ids), model(ids), 1e-5)
+    assert_near(sample.for_generation(model)(ids), model(ids), 1e-5)
     generate(model, ids, 9)
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
@@ -1295,20 +1197,8 @@ def test_rows_are_independent():
     new = together[:, 4 : ended.size(1)]
     has_ended = (new == end).cumsum(1) > 0
     assert torch.equal(ended[:, 4:], torch.where(has_ended, end, new))
-    alone = generate(model, prompt, 40, 3.0, seed=7, end_token=end)
-    assert alone.size(1) <= 15
-
-
-def test_without_a_seed_torchs_generator_decides():
-    model = lively()
-    prompt = tokens(1, 4)
-    texts = []
-    for seed in (7, 7, 8):
-        torch.manual_seed(seed)
-        text = generate(model, prompt, 30)
-        texts.append(text.tolist())
-    assert texts[0] == texts[1]
-    assert texts[0] != texts[2]
+    assert ended.size(1) == 44  # some rows have not ended
+    assert generate(model, prompt, 40, 3.0, seed=7, end_token=end).size(1) <= 15
 
 
 @pytest.mark.cuda
@@ -1328,8 +1218,10 @@ def test_a_captured_stream_is_the_uncaptured_one(temperature, monkeypatch):
 BYTES = {"tokenizer": "bytes", "vocab_size": 257, "controls": ["hug", "long"]}
 
 
-TRAIN = """--out trained --n_layer 1 --n_embd 16 --n_head 2 --ncn_hidden 4 --rows contiguous
---block_size 32 --max_steps 40 --lr 2e-2 --warmup_steps 3 --val_sequences 8 --dtype fp32"""
+TRAINED = """\
+prepare.py demo --max_mb 0.3
+train.py --out trained --max_steps 25 --lr 2e-2 --warmup_steps 3 --n_layer 1 --n_embd 16 \
+--n_head 2 --ncn_hidden 4 --rows contiguous --block_size 32 --val_sequences 8 --dtype fp32"""
 
 
 @pytest.fixture
@@ -1358,13 +1250,10 @@ def say(printable, monkeypatch, capsys):
     return run
 
 
-def run_script(name, *flags):
-    subprocess.run([sys.executable, HERE / name, *flags], check=True, capture_output=True)
-
-
 def test_a_trained_model_writes_text(say):
-    run_script("prepare.py", "demo", "--max_mb", "0.3")
-    run_script("train.py", *TRAIN.split())
+    for line in TRAINED.splitlines():
+        name, *flags = line.split()
+        subprocess.run([sys.executable, HERE / name, *flags], check=True, capture_output=True)
     flags = ["--ckpt", "trained/ckpt_best.pt", "--max_new_tokens", 200]
     status, text, speed = say(*flags)
     assert status == 0
@@ -1378,17 +1267,24 @@ def test_a_trained_model_writes_text(say):
     assert say(*flags, "--trace", "gain")[1] == text  # no terminal, no colours
     three = say(*flags, "--num_samples", 3)[1].split("\n---\n")
     assert three[0] == story
-    assert len(set(three)) == 3
+    assert len(three) == 3
 
 
 def test_sample_shows_whole_characters_up_to_the_end():
     row = sample.Row(prepare.tokenizer_of(BYTES), [256])
     texts = []
-    for token in [*"né ".encode(), 0xFF, *"ü".encode(), 256, 65]:
+    for token in [*"né".encode(), 0xFF, 256, 65]:
         row.add(token)
         row.show()
         texts.append(row.text)
-    assert texts == ["n", "n", "né", "né ", "né �", "né �", "né �ü", "né �ü", "né �ü"]
+    assert texts == ["n", "n", "né", "né�", "né�", "né�"]
+
+
+def test_a_trace_shows_all_of_a_long_prompt():
+    """Of which a memory has read only the end, and which alone has a colour."""
+    row = sample.Row(prepare.tokenizer_of(BYTES), [256, *b"abc"])
+    row.show([0.5])
+    assert row.text == "ab" + sample.paint("c", 0.5)
 
 
 def test_doses_controls_and_traces_in_a_terminal(printable, capfd):
@@ -1397,7 +1293,7 @@ def test_doses_controls_and_traces_in_a_terminal(printable, capfd):
     flags = """--prompt Hi --temperature 0 --max_new_tokens 20 --trace precision --layer 1
         --gain 0.9 --precision 0.5 --gate 0.8 --control=-9,4"""
     pty.spawn([sys.executable, str(HERE / "sample.py"), *flags.split()])
-    out = capfd.readouterr().out.replace("\r\n", "\n")
+    out = capfd.readouterr().out
     assert out.startswith("precision: half of neutral \x1b[48;5;17;")
     prompt = torch.tensor([[256, *b"Hi"]])
     control = torch.tensor([[-9.0, 4.0]])
@@ -1413,7 +1309,7 @@ def test_doses_controls_and_traces_in_a_terminal(printable, capfd):
     painted = ""
     for character, level in zip(text[:-1], levels[1:-1], strict=True):
         painted += sample.paint(character, level)
-    assert f"\n\n{painted}{text[-1]}\n" in out
+    assert painted + text[-1] in out
 
 
 REFUSED = """--temperature -1: temperature is -1
@@ -1423,6 +1319,7 @@ REFUSED = """--temperature -1: temperature is -1
 --max_new_tokens -1: max_new_tokens (-1)
 --num_samples 0: --num_samples is 0
 --gain -1: 0 or more
+--gate nan: 0 or more
 --layer 2: the model has layers 0 to 1
 --control 1,0,2: --control has 3 numbers, out/ckpt_best.pt takes 2: hug, long
 --control x: invalid
@@ -1440,7 +1337,7 @@ REFUSED = """--temperature -1: temperature is -1
 def test_sample_refuses(say):
     """In one line, with status 2."""
     content = Path("out/ckpt_best.pt").read_bytes()
-    Path("cut.pt").write_bytes(content[: len(content) // 2])
+    Path("cut.pt").write_bytes(content[:9000])
     Path("text.pt").write_text("not a model")
     torch.save([1], "list.pt")
     torch.save({"weights": torch.ones(2)}, "foreign.pt")
@@ -1454,7 +1351,6 @@ def test_sample_refuses(say):
 
 
 # ==== prepare.py ==================================================================================
-HERE = Path(prepare.__file__).parent
 SHARED = HERE.parent / "shared"
 
 
@@ -1540,16 +1436,6 @@ def test_prepare_entropy_by_enumeration(monkeypatch):
     rng = random.Random(0)
     told = dict(prepare.tell(rng) for _ in range(1000))
     assert {text: math.exp(-nats) for text, nats in told.items()} == pytest.approx(chances)
-
-
-def test_prepare_labels_decide_beginning_and_ending():
-    rng = random.Random(1)
-    for _ in range(40):
-        [(story, label)] = prepare.read_stories(prepare.tell_labelled(rng).encode())
-        assert label[0] == (1 if " hugged " in story else -1)
-        assert label[1] == (1 if "in a small town" in story else -1)
-    known = frozenset({("hug", 1), ("long", -1)})           # one of 4 endings, of 5 beginnings
-    assert prepare.entropy(drawn=known) == pytest.approx(prepare.entropy() - math.log(20))
 
 
 # ---- Tokenizers ----------------------------------------------------------------------------------
@@ -1719,17 +1605,6 @@ def test_prepare_bad_input(monkeypatch, tmp_path, capsys, args, says):
     assert files_in(tmp_path / "data") == {"meta.json": b"precious"}
 
 
-def test_prepare_names_the_file_that_cannot_be_read(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(tiktoken, "get_encoding", little_gpt2)
-    good = write_stories(tmp_path / "good.txt", "ab")
-    spaces = write_stories(tmp_path / "spaces.txt", ["a" + " " * 10**6 + "b"])
-    assert prepare_here(monkeypatch, good, spaces, "--out", tmp_path) == 2
-    assert f"{spaces}: Regex error" in capsys.readouterr().err
-    monkeypatch.setattr(prepare, "LONGEST", 1000)
-    assert prepare_here(monkeypatch, spaces, "--out", tmp_path) == 2
-    assert f"{spaces}: a story of over" in capsys.readouterr().err
-
-
 def test_prepare_one_at_a_time(monkeypatch, tmp_path, capsys):
     args = "demo", "--max_mb=0.1", "--out", tmp_path
     with prepare.locked(tmp_path, "training"):
@@ -1866,26 +1741,6 @@ def test_prepare_rows_and_windows(T, bucket, aligned):
 
 
 # ---- The wrapper of all mains --------------------------------------------------------------------
-def test_prepare_command_tells_bugs_from_trouble(monkeypatch, capsys):
-    def status_of(error):
-        def main():
-            raise error
-        return prepare.command(main)()
-
-    assert status_of(KeyboardInterrupt()) == 130
-    for error in (MemoryError(), ValueError("bad\nmore"), RuntimeError("CUDA out of memory."),
-                  RuntimeError("Connection closed by peer")):
-        assert status_of(error) == 2
-        assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        status_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-
-    class NotebookStream:                                   # it has no reconfigure
-        def flush(self):
-            pass
-
-    monkeypatch.setattr(sys, "stdout", NotebookStream())
-    assert prepare.command(lambda: None)() == 0
 
 
 def test_prepare_is_quiet_where_nobody_reads():
@@ -1896,11 +1751,11 @@ def test_prepare_is_quiet_where_nobody_reads():
 
 
 # ==== train.py ====================================================================================
-TRAIN_PY = Path(training.__file__)
-TINY = ("--preset laptop --device cpu --dtype fp32 --n_layer 1 --n_embd 16 --n_head 2 "
+TINY_RUN = ("--preset laptop --device cpu --dtype fp32 --n_layer 1 --n_embd 16 --n_head 2 "
         "--ncn_hidden 4 --val_sequences 8 --rows contiguous --block_size 32 --dropout 0.1 "
         "--batch_size 2 --grad_accum 2 --max_steps 12 --warmup_steps 3 --lr 0.01 "
         "--eval_interval 4 --log_interval 2").split()
+STORIES = "--rows aligned --block_size 512 --dropout 0"
 STAMP = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \[INFO\] "
 STEP_LINE = re.compile(
     STAMP + r"Step: (\d+) \| Ep: \d+ \[\d+/\d+ \(\d+\.\d%\)\] \| Loss: (\d+\.\d{4}) "
@@ -1911,9 +1766,9 @@ VAL_LINE = re.compile(
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX processes and signals")
 
 
-# ---- Helpers -----------------------------------------------------------------------------------
+# ---- Training, here and in processes of its own ------------------------------------------------
 def run_here(main, *args):
-    """The exit status of a script's main, run in this process."""
+    """What a script's main returns in this process, whose signal handlers are put back."""
     numbers = [getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -1926,12 +1781,12 @@ def run_here(main, *args):
             signal.signal(number, handler)
 
 
-def train_here(data, out, flags=""):
-    """The exit status of train.py, run in this process with a tiny model."""
-    return run_here(training.main, *TINY, "--data", data, "--out", out, *flags.split())
+def train_here(data, out, flags="", main=training.main):
+    """The exit status of train.py with a tiny model."""
+    return run_here(main, *TINY_RUN, "--data", data, "--out", out, *flags.split())
 
 
-def prepare_here(out, *args):
+def prepared_data(out, *args):
     """The folder `out`, with data that prepare.py made there."""
     assert run_here(prepare.main, *args, "--out", out) == 0
     return out
@@ -1939,9 +1794,9 @@ def prepare_here(out, *args):
 
 def new_run(data, out, flags=""):
     """The Run that these flags begin."""
-    argv = ["train.py", *TINY, "--data", str(data), "--out", str(out), *flags.split()]
-    with mock.patch.object(sys, "argv", argv):
+    def begin():
         return training.start_or_resume(training.arguments(), torch.device("cpu"))[0]
+    return train_here(data, out, flags, main=begin)
 
 
 def inside_step(step, act):
@@ -1955,18 +1810,38 @@ def inside_step(step, act):
     return mock.patch.object(training, "update", update_or_act)
 
 
-def begin(data, out, flags="", signals=(), rank=0, world=1, port=0):
-    """Starts train.py in a process of its own, forked from one that has imported it already."""
+def fork(work, *args):
+    """A process that does work(*args), forked from one that has imported all it needs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])  # which optimizers import
-    args = data, out, flags, signals, rank, world, port
-    process = context.Process(target=train_there, args=args)
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # which an optimizer imports
+    process = context.Process(target=work, args=args)
     process.start()
     return process
 
 
-def train_there(data, out, flags, signals, rank, world, port):
-    """What such a process does. In its fifth step it gets the signals."""
+def status_of(process):
+    process.join()
+    return process.exitcode
+
+
+def fork_two(work, *args):
+    """The exit statuses of two processes that do work(*args, rank, world, port)."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]  # a free one
+    processes = [fork(work, *args, rank, 2, port) for rank in (0, 1)]
+    return [status_of(process) for process in processes]
+
+
+def join_group(rank, world, port):
+    """Makes this process one of several, as torchrun tells it by its environment."""
+    training.RANK = rank
+    training.WORLD = world
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def train_there(data, out, flags="", signals=(), rank=0, world=1, port=0):
+    """train.py in such a process. In its fifth step the last process gets the signals."""
     join_group(rank, world, port)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
 
@@ -1974,48 +1849,26 @@ def train_there(data, out, flags, signals, rank, world, port):
         for number in signals:
             os.kill(os.getpid(), number)
 
-    with inside_step(5, send_signals):
+    with inside_step(5 if rank == world - 1 else None, send_signals):
         sys.exit(train_here(data, out, flags))
 
 
-def join_group(rank, world, port):
-    """Makes this process one of several, as torchrun tells it by its environment."""
-    training.RANK = rank
-    training.WORLD = world
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def checkpoint(out):
+    return torch.load(out / "ckpt_latest.pt", weights_only=True)
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def train_two(data, out, flags="", signals=((), ())):
-    """The exit statuses of two processes that train together."""
-    port = free_port()
-    processes = [begin(data, out, flags, signals[rank], rank, 2, port) for rank in (0, 1)]
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
-
-
-def checkpoint(out, name="ckpt_latest.pt"):
-    return torch.load(Path(out) / name, weights_only=True)
-
-
-def assert_same(a, b, atol=0.0):
-    """The weights of two runs, and the optimizer's averages, are equal bit for bit, or nearly."""
+def assert_same_run(out, reference, atol=0.0):
+    """The last checkpoints in two folders are equal bit for bit, or nearly."""
+    a = checkpoint(out)
+    b = checkpoint(reference)
     assert a["step"] == b["step"]
     torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=atol)
-    if atol == 0:
-        states = [dict(run["optimizer"]["state"]) for run in (a, b)]
-        torch.testing.assert_close(*states, rtol=0, atol=0)
+    states = [dict(content["optimizer"]["state"]) for content in (a, b)]
+    torch.testing.assert_close(*states, rtol=0, atol=atol)
 
 
 def log_of(out):
-    return (Path(out) / "training.log").read_text(encoding="utf-8")
+    return (out / "training.log").read_text(encoding="utf-8")
 
 
 def refused(capsys, data, out, flags=""):
@@ -2029,12 +1882,12 @@ def refused(capsys, data, out, flags=""):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    return prepare_here(tmp_path_factory.mktemp("demo"), "demo", "--max_mb", 0.3)
+    return prepared_data(tmp_path_factory.mktemp("demo"), "demo", "--max_mb", 0.3)
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    return prepare_here(tmp_path_factory.mktemp("labelled"), "demo", "--labels", "--max_mb", 0.1)
+    return prepared_data(tmp_path_factory.mktemp("labelled"), "demo", "--labels", "--max_mb", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -2045,55 +1898,58 @@ def whole(demo, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def two(demo, tmp_path_factory):
+    """The folder of an uninterrupted run of two processes."""
+    out = tmp_path_factory.mktemp("two")
+    assert fork_two(train_there, demo, out, "", ()) == [0, 0]
+    return out
+
+
 # ---- The log -----------------------------------------------------------------------------------
-def test_train_log_is_the_papers_and_says_what_the_model_does(demo, whole):
+def test_train_log_is_the_papers(whole):
     log = log_of(whole)
     steps = STEP_LINE.findall(log)
     validations = VAL_LINE.findall(log)
     assert [int(step) for step, *_ in steps] == [1, 2, 4, 6, 8, 10, 12]
     assert len(validations) == 3
     assert re.search(STAMP + r"Training Complete\.\n\Z", log, re.M)
-    assert float(validations[-1][0]) < float(validations[0][0]) < float(steps[0][1])
+    assert float(validations[2][0]) < float(validations[0][0]) < float(steps[0][1])
     for _, loss, _, perplexity, _ in steps:
         assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-4)
-    # The validation loss, computed here from the files alone.
-    model = ModulatedLM.load(whole / "ckpt_latest.pt")
-    tokens = np.fromfile(demo / "val.bin", "<u2").astype(np.int64)
-    chosen = np.random.default_rng(0).permutation((len(tokens) - 1) // 32)[:8]
-    rows = torch.from_numpy(np.stack([tokens[i * 32 : i * 32 + 33] for i in chosen]))
-    loss = model(rows[:, :-1], rows[:, 1:]).task.item()
-    assert float(validations[-1][0]) == pytest.approx(loss, abs=1e-4)
-    assert checkpoint(whole)["best"] == pytest.approx(loss, abs=1e-4)
 
 
-def by_hand(model, tokens, chosen, control=None):
-    """Nats and price of some stories, summed over their targets, and the number of targets."""
-    nats = torch.zeros(2, dtype=torch.float64)
-    ends = np.flatnonzero(tokens == tokens[-1])
-    for i in chosen:
-        begin = ends[i - 1] if i else -1
-        y = torch.from_numpy(tokens[begin + 1 : ends[i] + 1].astype(np.int64))
-        x = torch.cat([y[-1:], y[:-1]])[None]  # an END, then the story
-        told = None if control is None else torch.from_numpy(control[i : i + 1])
-        nats[0] += F.cross_entropy(model(x, control=told)[0], y, reduction="sum").item()
-        price = (model.signals(x, control=told) - 1).square().sum(-1).mean(-1)
-        nats[1] += model.config.homeostatic_lambda * price.sum().item()
-    return nats, sum(ends[i] - (ends[i - 1] if i else -1) for i in chosen)
+def stories_of(data, split):
+    """The stories of a split, each with its END, as int64 arrays."""
+    tokens = np.fromfile(data / f"{split}.bin", "<u2").astype(np.int64)
+    return np.split(tokens, np.flatnonzero(tokens == tokens[-1]) + 1)[:-1]
 
 
-def test_train_loss_of_a_step_counts_each_target_once(demo, tmp_path):
-    """It is the sum of the nats over the sum of the targets, also of stories of all lengths."""
-    flags = ("--rows aligned --block_size 512 --dropout 0 --lr 0 --batch_size 3 --start zero "
-             "--homeostatic_lambda 1 --max_steps 1")
-    assert train_here(demo, tmp_path, flags) == 0
-    model = ModulatedLM.load(tmp_path / "ckpt_latest.pt")
-    tokens = np.fromfile(demo / "train.bin", "<u2")
-    stories = (tokens == tokens[-1]).sum()
-    order = np.random.default_rng((42, 0)).permutation(stories)  # of this seed and epoch
-    nats, targets = by_hand(model, tokens, order[:6])
+def losses_by_hand(out, stories, labels=None):
+    """The task loss and the price of stories that the trained model reads one by one."""
+    model = ModulatedLM.load(out / "ckpt_latest.pt")
+    sums = torch.zeros(2)
+    for i, story in enumerate(stories):
+        y = torch.from_numpy(story)[None]
+        x = torch.cat([y[:, -1:], y[:, :-1]], dim=1)  # an END, then the story
+        control = None if labels is None else labels[i][None]
+        loss = model(x, y, control=control)
+        sums += len(story) * torch.stack([loss.task, loss.homeostatic]).detach()
+    return (sums / sum(map(len, stories))).tolist()
+
+
+def test_train_losses_count_each_target_once(demo, tmp_path):
+    """Also where stories differ in length. The signals start as the authors' do."""
+    flags = f"{STORIES} --lr 0 --max_steps 1 --start zero --homeostatic_lambda 1 --batch_size 3"
+    assert train_here(demo, tmp_path, f"{flags} --val_sequences 1000") == 0
+    stories = stories_of(demo, "train")
+    order = np.random.default_rng((42, 0)).permutation(len(stories))  # of this seed and epoch
+    expected = losses_by_hand(tmp_path, [stories[i] for i in order[:6]])
+    assert expected[1] == pytest.approx(0.297**2 + 0.5**2, abs=0.01)
     _, loss, price, *_ = STEP_LINE.findall(log_of(tmp_path))[0]
-    assert [float(loss), float(price)] == pytest.approx((nats / targets).tolist(), abs=1e-4)
-    assert float(price) > 0.3
+    assert [float(loss), float(price)] == pytest.approx(expected, abs=1e-4)
+    expected, _ = losses_by_hand(tmp_path, stories_of(demo, "val"))
+    assert float(VAL_LINE.findall(log_of(tmp_path))[0][0]) == pytest.approx(expected, abs=1e-4)
 
 
 # ---- A step ------------------------------------------------------------------------------------
@@ -2105,49 +1961,36 @@ def gradients_of_a_step(data, out, flags):
         for name, p in run.model.named_parameters():
             gradients[name] = p.grad.clone()
 
-    flags = f"--rows aligned --block_size 512 --dropout 0 --max_steps 1 --start zero {flags}"
     with inside_step(1, keep):
-        assert train_here(data, out, flags) == 0
+        assert train_here(data, out, f"{STORIES} --start zero --max_steps 1 {flags}") == 0
     _, loss, price, *_ = STEP_LINE.findall(log_of(out))[0]
     return gradients, float(loss), float(price)
 
 
-def assert_close_gradients(a, b):
-    for name in a:
-        assert (a[name] - b[name]).norm() <= 1e-6 * b[name].norm(), name
-
-
-def test_train_step_does_not_depend_on_how_it_is_cut(demo, tmp_path):
-    """Stories of all lengths, as 8 x 1, 2 x 4 or 1 x 8: the same gradient, Loss and Reg."""
-    cuts = []
-    for size in (8, 2, 1):
-        flags = f"--batch_size {size} --grad_accum {8 // size}"
-        cuts.append(gradients_of_a_step(demo, tmp_path / str(size), flags))
-    for gradients, *logged in cuts[1:]:
-        assert_close_gradients(gradients, cuts[0][0])
-        assert logged == pytest.approx(cuts[0][1:], abs=1.1e-4)
-
-
 @pytest.mark.parametrize("salience", ["causal", "global"])
-def test_train_padding_to_buckets_changes_nothing(demo, tmp_path, salience):
-    flags = f"--salience {salience}"
-    plain = gradients_of_a_step(demo, tmp_path / "plain", flags)
-    with mock.patch.object(ModulatedLM, "compile") as compiles:
-        padded = gradients_of_a_step(demo, tmp_path / "padded", f"{flags} --compile")
-    compiles.assert_called_once()
-    assert_close_gradients(padded[0], plain[0])
-    assert padded[1:] == pytest.approx(plain[1:], abs=1.1e-4)
+def test_train_step_does_not_depend_on_how_it_is_cut_or_padded(demo, tmp_path, salience):
+    """Eight stories as 8 x 1, 2 x 4, 1 x 8 micro-batches, or padded as --compile has it."""
+    steps = []
+    for cut in ("8 --grad_accum 1", "2 --grad_accum 4", "1 --grad_accum 8",
+                "8 --grad_accum 1 --compile"):
+        flags = f"--salience {salience} --batch_size {cut}"
+        with mock.patch.object(ModulatedLM, "compile"):
+            steps.append(gradients_of_a_step(demo, tmp_path, flags))
+    reference, *logged = steps[0]
+    for gradients, *also_logged in steps[1:]:
+        assert also_logged == pytest.approx(logged, abs=1.1e-4)
+        for name, gradient in gradients.items():
+            difference = (gradient - reference[name]).norm()
+            assert difference <= 1e-6 * reference[name].norm(), name
 
 
-def test_train_learning_rate():
-    """A warm-up, then a cosine that reaches 0 only after the last step."""
+def test_train_learning_rate_reaches_0_after_the_last_step():
     s = dict(lr=6e-4, warmup_steps=100, max_steps=1100)
     rates = [training.learning_rate(step, s) for step in range(1, 1102)]
     assert rates[19] == pytest.approx(1.2e-4)
     assert rates[99] == max(rates) == 6e-4
     assert rates[600] == pytest.approx(3e-4, rel=1e-2)
-    assert rates[-2] > 0
-    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    assert rates[-2] > 1e-12 > rates[-1]
 
 
 def test_train_shortest_runs_move_the_weights(demo, tmp_path):
@@ -2159,27 +2002,28 @@ def test_train_shortest_runs_move_the_weights(demo, tmp_path):
     assert "max_steps is below warmup_steps" in log_of(tmp_path)
 
 
-def test_train_epoch_has_each_row_once_in_an_order_of_its_own(demo, tmp_path):
+def test_train_epochs_have_each_row_once_in_another_order(demo, tmp_path):
     run = new_run(demo, tmp_path, "--batch_size 5")
     count = len(run.train.rows) // 5
-    order = [training.rows_of_micro_batch(run, n)[:, 0].tolist() for n in range(2 * count)]
-    first_epoch = sum(order[:count], [])
-    second_epoch = sum(order[count:], [])
-    assert len(set(first_epoch)) == len(set(second_epoch)) == 5 * count
-    assert first_epoch != second_epoch
+    rows = [training.rows_of_micro_batch(run, n)[:, 0] for n in range(2 * count)]
+    first = np.concatenate(rows[:count])
+    second = np.concatenate(rows[count:])
+    assert len(set(first)) == len(set(second)) == 5 * count
+    assert (first != second).any()
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
-def test_train_compiled_stories_have_the_same_losses(demo, tmp_path):
-    flags = "--rows aligned --block_size 512 --max_steps 3 --log_interval 1 --dropout 0"
+def test_train_compiled_has_the_same_losses(demo, tmp_path):
+    """Traced as --compile does it, but run without a C compiler: that takes minutes."""
     logs = []
-    for compiles in ("", "--compile"):
-        assert train_here(demo, tmp_path, f"{flags} {compiles}") == 0
-        lines = STEP_LINE.findall(log_of(tmp_path)) + VAL_LINE.findall(log_of(tmp_path))
-        logs.append([float(number) for line in lines for number in line[:2]])
+    compiled = functools.partialmethod(ModulatedLM.compile, backend="aot_eager")
+    with mock.patch.object(ModulatedLM, "compile", compiled):
+        for compiles in ("", "--compile"):
+            flags = f"{STORIES} --max_steps 6 --log_interval 1 --batch_size 1 {compiles}"
+            assert train_here(demo, tmp_path, flags) == 0
+            lines = STEP_LINE.findall(log_of(tmp_path)) + VAL_LINE.findall(log_of(tmp_path))
+            logs.append([float(number) for line in lines for number in line[:2]])
     torch.compiler.reset()
-    assert len(logs[0]) == 8
-    assert logs[0] == pytest.approx(logs[1], abs=2e-4)
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
 
 # ---- Resuming ----------------------------------------------------------------------------------
@@ -2188,175 +2032,150 @@ def test_train_killed_at_random_moments(demo, tmp_path):
     """NCN_KILLS runs (5) are killed, resumed, and end as the uninterrupted one, bit for bit."""
     flags = "--eval_interval 1"  # much of the time, a checkpoint is being written
     rng = random.Random(0)
-    for _ in range(2):  # the first one also starts the server that forks them
+    for _ in range(2):  # the first one also starts the server that forks
         start = time.monotonic()
-        begin(demo, tmp_path / "whole", flags).join()
-        seconds = time.monotonic() - start
+        assert status_of(fork(train_there, demo, tmp_path / "whole", flags)) == 0
+    seconds = time.monotonic() - start
     killed = 0
     for i in range(int(os.environ.get("NCN_KILLS", 5))):
-        process = begin(demo, tmp_path / str(i), flags)
-        process.join(rng.random() * seconds)
+        out = tmp_path / str(i)
+        process = fork(train_there, demo, out, flags)
+        time.sleep(rng.random() * seconds)
         process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-        process = begin(demo, tmp_path / str(i), f"{flags} --resume")
-        process.join()
-        assert process.exitcode == 0
-        assert_same(checkpoint(tmp_path / str(i)), checkpoint(tmp_path / "whole"))
+        killed += status_of(process) == -signal.SIGKILL
+        assert status_of(fork(train_there, demo, out, f"{flags} --resume")) == 0
+        assert_same_run(out, tmp_path / "whole")
+    print(f"{killed} runs were killed before their end")
     assert killed > 0
 
 
 @needs_fork
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_train_signal_stops_in_order(demo, whole, tmp_path, number):
-    process = begin(demo, tmp_path, signals=[number])
-    process.join()
-    assert process.exitcode == 128 + number
-    assert checkpoint(tmp_path)["step"] == 5
-    assert "Interrupted after step 5: go on with --resume" in log_of(tmp_path)
+@pytest.mark.parametrize("signals, step", [
+    ([signal.SIGINT], 5), ([signal.SIGTERM], 5), ([signal.SIGTERM, signal.SIGTERM], 4)])
+def test_train_stops_in_order_at_the_first_signal(demo, whole, tmp_path, signals, step):
+    """The state is saved. A second signal ends the run at once."""
+    assert status_of(fork(train_there, demo, tmp_path, "", signals)) == 128 + signals[0]
+    assert checkpoint(tmp_path)["step"] == step
+    assert ("Interrupted after step 5" in log_of(tmp_path)) == (step == 5)
     assert train_here(demo, tmp_path, "--resume") == 0
-    assert_same(checkpoint(tmp_path), checkpoint(whole))
-    assert "Nothing to resume" not in log_of(tmp_path)
-
-
-@needs_fork
-def test_train_second_signal_ends_at_once(demo, tmp_path):
-    process = begin(demo, tmp_path, signals=[signal.SIGTERM, signal.SIGTERM])
-    process.join()
-    assert process.exitcode == 128 + signal.SIGTERM
-    assert checkpoint(tmp_path)["step"] == 4
+    assert_same_run(tmp_path, whole)
 
 
 def out_of_memory(run):
-    raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nby whom")
+    raise MemoryError
 
 
-def poison(run):
+def poison_weights(run):
     run.model.norm.weight.data.fill_(math.nan)
 
 
-def test_train_error_in_a_step_saves_the_whole_steps(demo, whole, tmp_path, capsys):
-    with inside_step(7, out_of_memory):
-        assert "can't allocate memory" in refused(capsys, demo, tmp_path)
-    assert checkpoint(tmp_path)["step"] == 6
-    shutil.copytree(tmp_path, tmp_path / "smaller")
-    assert train_here(demo, tmp_path, "--resume") == 0
-    assert_same(checkpoint(tmp_path), checkpoint(whole))
-    assert train_here(demo, tmp_path / "smaller", "--resume --batch_size 1 --grad_accum 4") == 0
-    assert "--batch_size changed from 2 to 1" in log_of(tmp_path / "smaller")
-
-
-def test_train_error_in_validation_saves_the_step(demo, tmp_path, capsys):
-    with mock.patch.object(training, "validate", out_of_memory):
-        assert "can't allocate memory" in refused(capsys, demo, tmp_path)
-    assert checkpoint(tmp_path)["step"] == 4
-
-
 def poison_and_fail(run):
-    poison(run)
+    poison_weights(run)
     out_of_memory(run)
 
 
 def poison_and_stop(run):
-    poison(run)
+    poison_weights(run)
     signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("trouble", [poison, poison_and_fail, poison_and_stop])
-def test_train_keeps_the_last_good_checkpoint(demo, tmp_path, trouble):
-    """A loss that is not finite ends the run; nor do an error or a stop save such weights."""
+def test_train_error_in_a_step_saves_the_steps_before_it(demo, tmp_path, capsys):
+    with inside_step(7, out_of_memory):
+        assert "not enough memory" in refused(capsys, demo, tmp_path)
+    assert checkpoint(tmp_path)["step"] == 6
+    assert train_here(demo, tmp_path, "--resume --batch_size 1") == 0
+    assert "--batch_size changed from 2 to 1" in log_of(tmp_path)
+
+
+def test_train_error_in_validation_saves_the_steps(demo, tmp_path, capsys):
+    with mock.patch.object(training, "validate", out_of_memory):
+        assert "not enough memory" in refused(capsys, demo, tmp_path)
+    assert checkpoint(tmp_path)["step"] == 4
+
+
+@pytest.mark.parametrize("trouble, status", [
+    (poison_weights, 2), (poison_and_fail, 2), (poison_and_stop, 128 + signal.SIGTERM)])
+def test_train_saves_no_weights_that_are_not_finite(demo, tmp_path, trouble, status):
     with inside_step(6, trouble):
-        assert train_here(demo, tmp_path, "--log_interval 100 --eval_interval 4") == 2
+        assert train_here(demo, tmp_path, "--log_interval 100") == status
     kept = checkpoint(tmp_path)
     assert kept["step"] == 4
     assert all(tensor.isfinite().all() for tensor in kept["model"].values())
 
 
-def test_train_full_disk_leaves_the_last_checkpoint(demo, whole, tmp_path, capsys):
+def test_train_full_disk_leaves_the_last_checkpoint(demo, tmp_path, capsys, monkeypatch):
     def fill_the_disk(run):
-        full = OSError(28, "No space left on device")
-        monkey.setattr(os, "fsync", mock.Mock(side_effect=full))
+        monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError("No space left")))
 
-    with pytest.MonkeyPatch.context() as monkey, inside_step(6, fill_the_disk):
-        assert "No space left on device" in refused(capsys, demo, tmp_path)
+    with inside_step(6, fill_the_disk):
+        assert "No space left" in refused(capsys, demo, tmp_path)
     assert checkpoint(tmp_path)["step"] == 4
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"ckpt_best.pt", "ckpt_latest.pt", "training.log", "lock"}
-    assert train_here(demo, tmp_path, "--resume") == 0
-    assert_same(checkpoint(tmp_path), checkpoint(whole))
+
+
+def test_train_resume_knows_the_data_by_their_content(demo, tmp_path, capsys):
+    out = tmp_path / "out"
+    for name, flags in (("a", ""), ("b", "--resume --max_steps 13")):
+        text = tmp_path / f"{name}.txt"
+        text.write_text(END.join(f"There was once a cat with number {i}." for i in range(200)))
+        data = prepared_data(tmp_path / name, text, "--tokenizer", "bytes")
+        assert train_here(data, out, flags) == 0
+    assert checkpoint(out)["step"] == 13
+    assert "is not the data that" in refused(capsys, demo, out, "--resume")
 
 
 def test_train_resume_with_nothing_there_begins(demo, whole, tmp_path):
-    assert train_here(demo, tmp_path, "--resume") == 0
+    """Blocks that keep their inputs alone change nothing."""
+    assert train_here(demo, tmp_path, "--resume --checkpoint_blocks") == 0
     assert f"Nothing to resume in {tmp_path}: this run begins" in log_of(tmp_path)
-    assert_same(checkpoint(tmp_path), checkpoint(whole))
-
-
-def test_train_resume_knows_the_data_by_their_content(tmp_path, capsys):
-    text = f"{END}\n".join(f"Once there was a cat number {i}." for i in range(99))
-    for name in ("a.txt", "b.txt", "c.txt"):
-        (tmp_path / name).write_text(text + name[0].replace("b", "a"))
-        prepare_here(tmp_path / name[0], tmp_path / name, "--tokenizer", "bytes")
-    assert train_here(tmp_path / "a", tmp_path / "out") == 0
-    assert train_here(tmp_path / "b", tmp_path / "out", "--resume --max_steps 13") == 0
-    assert checkpoint(tmp_path / "out")["step"] == 13
-    error = refused(capsys, tmp_path / "c", tmp_path / "out", "--resume")
-    assert "is not the data that" in error
+    assert_same_run(tmp_path, whole)
 
 
 # ---- Several processes -------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def two(demo, tmp_path_factory):
-    """The folder of an uninterrupted run of two processes."""
-    out = tmp_path_factory.mktemp("two")
-    assert train_two(demo, out) == [0, 0]
-    return out
-
-
 @needs_fork
 def test_train_two_processes_equal_one(whole, two):
-    assert_same(checkpoint(two), checkpoint(whole), atol=6e-8)
-    logs = [STEP_LINE.findall(log_of(out)) for out in (two, whole)]
-    assert logs[0] == logs[1]
+    assert_same_run(two, whole, atol=6e-8)
 
 
-def compare_with_ddp(data, out, rank, port):
-    """Sums gradients over two processes as train.py does, and as DistributedDataParallel."""
-    join_group(rank, 2, port)
+def compare_with_ddp(data, out, rank, world, port):
+    """Sums gradients over the processes as train.py does, and as DistributedDataParallel."""
+    join_group(rank, world, port)
     training.join_processes(torch.device("cpu"))
-    run = new_run(data, out, "--rows aligned --block_size 512 --dropout 0 --grad_clip 0")
+    run = new_run(data, out, f"{STORIES} --grad_clip 0")
     ddp = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(run.model))
     run.optimizer = mock.MagicMock()  # leaves weights and gradients alone
-    _, inputs = next(training.micro_batches(run))
-    training.micro_batch(run, *inputs)
+    _, (x, y, share, _) = next(training.micro_batches(run))
+    training.micro_batch(run, x, y, share)
     training.update(run)
-    x, y, share, _ = inputs
-    (ddp(x, y).total * share * 2).backward()  # it takes the mean of two processes
+    (ddp(x, y).total * share * world).backward()  # DDP takes the mean
     for ours, reference in zip(run.model.parameters(), ddp.module.parameters(), strict=True):
         assert torch.equal(ours.grad, reference.grad)
 
 
 @needs_fork
 def test_train_gradients_of_two_processes_are_those_of_ddp(demo, tmp_path):
-    port = free_port()
-    args = [(demo, tmp_path, rank, port) for rank in (0, 1)]
-    context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=compare_with_ddp, args=these) for these in args]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    assert fork_two(compare_with_ddp, demo, tmp_path) == [0, 0]
 
 
 @needs_fork
-def test_train_signals_to_all_processes_are_one(demo, two, tmp_path):
-    """As a scheduler sends them, and torchrun passes them on: the same step ends all."""
+def test_train_signals_to_a_process_stop_all(demo, two, tmp_path):
+    """In the same step, saved once; torchrun passes on what a scheduler has sent already."""
     signals = [signal.SIGTERM, signal.SIGTERM]
-    assert train_two(demo, tmp_path, signals=[signals[:1], signals]) == [143, 143]
+    assert fork_two(train_there, demo, tmp_path, "", signals) == [143, 143]
     assert log_of(tmp_path).count("Interrupted after step 5") == 1
-    assert train_two(demo, tmp_path, "--resume") == [0, 0]
-    assert_same(checkpoint(tmp_path), checkpoint(two))
+    assert fork_two(train_there, demo, tmp_path, "--resume", ()) == [0, 0]
+    assert_same_run(tmp_path, two)
+
+
+def fail_there(data, out, rank, world, port):
+    join_group(rank, world, port)
+    with inside_step(7 if rank == 0 else None, out_of_memory):
+        sys.exit(train_here(data, out))
+
+
+@needs_fork
+def test_train_error_in_one_process_ends_all(demo, tmp_path):
+    assert fork_two(fail_there, demo, tmp_path) == [2, 2]
+    assert checkpoint(tmp_path)["step"] == 6
 
 
 MORTAL = """import os, sys, train
@@ -2374,29 +2193,25 @@ def test_train_killed_process_is_restarted_by_torchrun(demo, two, tmp_path):
     script = tmp_path / "mortal.py"
     script.write_text(MORTAL)
     launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=3".split()
-    args = [*launcher, script, *TINY, "--data", demo, "--out", tmp_path, "--resume"]
-    done = subprocess.run([sys.executable, *args], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(TRAIN_PY.parent)})
-    assert done.returncode == 0, done.stderr
-    steps = [int(step) for step, *_ in STEP_LINE.findall(log_of(tmp_path))]
-    assert steps == [1, 2, 4, 6, 5, 6, 8, 10, 12]
-    assert_same(checkpoint(tmp_path), checkpoint(two))
+    args = [*launcher, script, *TINY_RUN, "--data", demo, "--out", tmp_path, "--resume"]
+    folder = str(Path(training.__file__).parent)
+    done = subprocess.run([sys.executable, *args], env={**os.environ, "PYTHONPATH": folder})
+    assert done.returncode == 0
+    assert log_of(tmp_path).count("cpu x 2") == 2
+    assert_same_run(tmp_path, two)
 
 
 # ---- The folder, and what is refused -----------------------------------------------------------
 def test_train_one_run_per_folder(demo, tmp_path, capsys):
     assert train_here(demo, tmp_path, "--max_steps 1") == 0
-    with prepare.locked(tmp_path, "training"):
-        error = refused(capsys, demo, tmp_path)
-    assert f"another training is at work in {tmp_path}" in error
     first = log_of(tmp_path)
-    (tmp_path / "file").touch()
-    assert "another" not in refused(capsys, demo, tmp_path / "file")
+    with prepare.locked(tmp_path, "training"):
+        assert "another training is at work in" in refused(capsys, demo, tmp_path)
+    assert "another" not in refused(capsys, demo, tmp_path / "training.log")
     assert train_here(demo, tmp_path, "--max_steps 2") == 0
     assert train_here(demo, tmp_path, "--max_steps 3") == 0
     assert log_of(tmp_path / "previous" / "1") == first
     assert checkpoint(tmp_path / "previous" / "2")["step"] == 2
-    assert checkpoint(tmp_path)["step"] == 3
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -2405,28 +2220,24 @@ def test_train_one_run_per_folder(demo, tmp_path, capsys):
     ("--n_heads 3", "unrecognized arguments: --n_heads 3"),
     ("--n_head two", "invalid int value: 'two'"),
     ("--salience psychic", "invalid choice: 'psychic'"),
-    ("--signals gain,dopamine", "unknown signal 'dopamine'"),
     ("--signals none,gain", "unknown signal 'none'"),
     ("--batch_size 0", "--batch_size is 0, it must be at least 1"),
     ("--seed -1", "--seed is -1, it must be 0 or more"),
     ("--lr nan", "Invalid learning rate: nan"),
     ("--batch_size 1000000", "too few for --batch_size 1000000"),
     ("--block_size 1000000", "holds 0 rows of 1000000 tokens"),
-    ("--device cuda", "torch finds 0"),
     ("--init nothing.pt", "no checkpoint nothing.pt"),
 ])
-def test_train_refuses(demo, tmp_path, capsys, monkeypatch, flags, says):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+def test_train_refuses(demo, tmp_path, capsys, flags, says):
     assert says in refused(capsys, demo, tmp_path / "out", flags)
     assert not (tmp_path / "out").exists()
 
 
 def test_train_resume_refuses(demo, whole, tmp_path, capsys):
-    error = refused(capsys, demo, whole, "--resume --n_embd 32")
-    assert "--resume cannot change the model: --n_embd was 16" in error
+    assert "--n_embd was 16" in refused(capsys, demo, whole, "--resume --n_embd 32")
     assert "--rows was contiguous" in refused(capsys, demo, whole, "--resume --rows aligned")
     path = tmp_path / "ckpt_latest.pt"
-    ModulatedLM.load(whole / "ckpt_latest.pt").save(path)
+    ModulatedLM.load(whole / path.name).save(path)
     assert "was not written by train.py" in refused(capsys, demo, tmp_path, "--resume")
     path.write_bytes(path.read_bytes()[:5000])
     assert "damaged" in refused(capsys, demo, tmp_path, "--resume")
@@ -2435,68 +2246,42 @@ def test_train_resume_refuses(demo, whole, tmp_path, capsys):
 # ---- Other beginnings, controls ----------------------------------------------------------------
 def test_train_begins_with_another_runs_weights(demo, labelled, whole, tmp_path, capsys):
     weights = f"--init {whole / 'ckpt_latest.pt'}"
-    other = prepare_here(tmp_path / "other", "demo", "--max_mb", 0.1, "--seed", 7)
-    assert train_here(other, tmp_path / "out", f"{weights} --lr 0 --max_steps 1") == 0
-    ours = checkpoint(tmp_path / "out")
+    other = prepared_data(tmp_path / "other", "demo", "--max_mb", 0.1, "--seed", 7)
+    assert train_here(other, tmp_path, f"{weights} --lr 0 --max_steps 1") == 0
+    ours = checkpoint(tmp_path)
     assert ours["step"] == 1
     torch.testing.assert_close(ours["model"], checkpoint(whole)["model"], rtol=0, atol=0)
-    refusal = refused(capsys, demo, tmp_path / "no", f"{weights} --n_ffn 70")
-    assert "is another model: it has another n_ffn" in refusal
-    assert "another n_control" in refused(capsys, labelled, tmp_path / "no", weights)
-
-
-def test_train_controls_are_scaled_by_their_spread(tmp_path):
-    """Their weights begin divided by the labels' standard deviation; 0 is left alone."""
-    stories = [f"<|control|> {0.1 * (i % 4)} 7.3\nCat number {i}." for i in range(60)]
-    (tmp_path / "text.txt").write_text(END.join(stories))
-    data = prepare_here(tmp_path / "data", tmp_path / "text.txt", "--tokenizer", "bytes")
-    model = new_run(data, tmp_path, "--seed 5").model
-    torch.manual_seed(5)
-    drawn = ModulatedLM(model.config).controller.control.weight
-    spread = np.fromfile(data / "train.control.bin", "<f4").reshape(-1, 2)[:, 0].std()
-    expected = drawn / torch.tensor([spread, 1.0])
-    torch.testing.assert_close(model.controller.control.weight, expected)
+    assert "another n_ffn" in refused(capsys, demo, tmp_path, f"{weights} --n_ffn 70")
+    assert "another n_control" in refused(capsys, labelled, tmp_path, weights)
 
 
 def test_train_a_row_in_ten_has_no_control(labelled, tmp_path):
-    """And always the same rows, so that a resumed run repeats them."""
-    run = new_run(labelled, tmp_path, "--rows aligned --block_size 256")
+    run = new_run(labelled, tmp_path, STORIES)
     controls = [training.batch(run, number)[3] for number in range(300)]
-    assert torch.equal(controls[7], training.batch(run, 7)[3])
-    dropped = torch.cat([(control == 0).all(dim=(1, 2)) for control in controls])
-    kept = torch.cat([(control != 0).all(dim=(1, 2)) for control in controls])
-    assert (dropped | kept).all()
-    assert 0.06 < dropped.float().mean() < 0.14
+    missing = torch.cat([(control == 0).float().mean((1, 2)) for control in controls])
+    assert set(missing.tolist()) == {0, 1}  # of a row, all or nothing
+    assert 0.06 < missing.mean() < 0.14
 
 
 def test_train_validation_says_what_the_control_is_worth(labelled, tmp_path):
-    flags = "--rows aligned --block_size 256 --val_sequences 1000 --max_steps 4"
-    assert train_here(labelled, tmp_path, flags) == 0
+    def amplify(run):
+        run.model.controller.layer2.weight.data.mul_(1000)
+
+    with inside_step(1, amplify):
+        flags = f"{STORIES} --val_sequences 1000 --max_steps 1"
+        assert train_here(labelled, tmp_path, flags) == 0
+    stories = stories_of(labelled, "val")
+    labels = torch.from_numpy(np.fromfile(labelled / "val.control.bin", "<f4")).view(-1, 2)
+    told, _ = losses_by_hand(tmp_path, stories, labels)
+    untold, _ = losses_by_hand(tmp_path, stories)
     log = log_of(tmp_path)
-    assert "n_control=2 hug long" in log
-    model = ModulatedLM.load(tmp_path / "ckpt_latest.pt")
-    tokens = np.fromfile(labelled / "val.bin", "<u2")
-    labels = np.fromfile(labelled / "val.control.bin", "<f4").reshape(-1, 2)
-    stories = range(len(labels))
-    (told, _), targets = by_hand(model, tokens, stories, labels)
-    (untold, _), _ = by_hand(model, tokens, stories)
     worth = re.search(r"Without the control: (\S+), so it is worth (\S+) nats per token", log)
-    expected = [untold / targets, (untold - told) / targets]
-    assert [float(number) for number in worth.groups()] == pytest.approx(expected, abs=1e-4)
+    assert [*map(float, worth.groups())] == pytest.approx([untold, untold - told], abs=1e-4)
     above = re.search(r"Above the stories' entropy: (\S+) nats per token, (\S+) per story", log)
-    nats = told / len(labels) - prepare.read_meta(labelled)["entropy_nats_per_story"]
-    assert float(above[2]) == pytest.approx(nats, rel=1e-3)
-    assert float(above[1]) == pytest.approx(nats * len(labels) / targets, abs=1e-3)
-
-
-@needs_fork
-def test_train_labelled_runs_resume_and_share(labelled, tmp_path):
-    assert train_here(labelled, tmp_path / "one") == 0
-    begin(labelled, tmp_path / "killed", signals=[signal.SIGKILL]).join()
-    assert train_here(labelled, tmp_path / "killed", "--resume") == 0
-    assert_same(checkpoint(tmp_path / "killed"), checkpoint(tmp_path / "one"))
-    assert train_two(labelled, tmp_path / "two") == [0, 0]
-    assert_same(checkpoint(tmp_path / "two"), checkpoint(tmp_path / "one"), atol=6e-8)
+    entropy = prepare.read_meta(labelled)["entropy_nats_per_story"]
+    length = sum(map(len, stories)) / len(stories)
+    nats = told * length - entropy
+    assert [*map(float, above.groups())] == pytest.approx([nats / length, nats], abs=0.01)
 
 
 # ---- Variants, the machine, the terminal -------------------------------------------------------
@@ -2505,74 +2290,39 @@ def test_train_labelled_runs_resume_and_share(labelled, tmp_path):
     "--salience constant", "--salience global --dtype bf16", "--dtype fp16"])
 def test_train_variants(demo, tmp_path, flags):
     assert train_here(demo, tmp_path, flags) == 0
-    log = log_of(tmp_path)
-    losses = STEP_LINE.findall(log) + VAL_LINE.findall(log)
-    assert len(losses) == 10
-    assert float(losses[-1][0]) < float(losses[0][1])
-    for *_, remark in losses:
+    lines = STEP_LINE.findall(log_of(tmp_path)) + VAL_LINE.findall(log_of(tmp_path))
+    assert len(lines) == 10
+    assert float(lines[-1][0]) < float(lines[0][1])
+    for *_, remark in lines:
         assert ("global salience: sees the future, no likelihood" in remark) == ("global" in flags)
     model = ModulatedLM.load(tmp_path / "ckpt_best.pt")
     assert (model.controller is None) == ("none" in flags)
 
 
-def test_train_starts_zero_as_the_authors(demo, tmp_path):
-    assert train_here(demo, tmp_path, "--start zero --max_steps 1 --lr 0") == 0
-    means = ModulatedLM.load(tmp_path / "ckpt_latest.pt").signals(torch.arange(9)[None])
-    torch.testing.assert_close(means.mean((0, 1, 2)), torch.tensor([1.0, 0.703, 0.5]), atol=5e-3,
-                               rtol=0)
-    assert "Reg: 0.0034" in log_of(tmp_path)
-
-
-def test_train_checkpointed_blocks_give_the_same_run(demo, whole, tmp_path):
-    assert train_here(demo, tmp_path, "--checkpoint_blocks") == 0
-    assert_same(checkpoint(tmp_path), checkpoint(whole))
-
-
-def test_train_dtype_is_chosen_by_the_model_and_the_cpu(monkeypatch):
+@pytest.mark.parametrize("vocab_size, gain, dtype", [
+    (8192, 3, "bf16"), (8192, 1.2, "fp32"), (567, 3, "fp32")])
+def test_train_dtype_is_chosen_by_the_model_and_the_cpu(monkeypatch, vocab_size, gain, dtype):
     """bf16 where its products are faster, and the model is large enough to gain from it."""
-    large = NCNConfig(vocab_size=8192, n_layer=3, n_head=4, n_embd=128)
-    small = NCNConfig(vocab_size=567, n_layer=3, n_head=4, n_embd=128)
-    for config, gain, expected in ((large, 3, "bf16"), (large, 1.2, "fp32"), (small, 3, "fp32")):
-        times = iter([gain] * 6 + [1] * 6)
-        monkeypatch.setattr(training, "seconds", lambda work, times=times: next(times))
-        assert training.choose_dtype(torch.device("cpu"), config)[0] == expected
-
-
-def test_train_resumes_in_another_precision(demo, tmp_path):
-    """fp16's loss scale begins where there was none, goes on, and is left behind."""
-    for steps, dtype, growth in ((2, "fp32", None), (4, "fp16", 2), (6, "fp16", 4),
-                                 (8, "bf16", None)):
-        assert train_here(demo, tmp_path, f"--resume --max_steps {steps} --dtype {dtype}") == 0
-        run = checkpoint(tmp_path)
-        assert run["step"] == steps
-        assert run["scaler"].get("_growth_tracker") == growth
+    config = NCNConfig(vocab_size=vocab_size, n_layer=3, n_head=4, n_embd=128)
+    times = iter([gain] * 6 + [1] * 6)
+    monkeypatch.setattr(training, "seconds", lambda work: next(times))
+    assert training.choose_dtype(torch.device("cpu"), config)[0] == dtype
 
 
 def test_train_bench_prints_its_table(demo, tmp_path, capsys):
     assert train_here(demo, tmp_path / "out", "--bench --dtype auto") == 0
     table = capsys.readouterr().out
-    for name in ("with the controller", "--signals none"):
-        assert re.search(rf"^{name} +[\d,]+ tokens/s$", table, re.M)
-    assert re.search(r"^the controller +-?\d+\.\d% of a step$", table, re.M)
-    assert re.search(r"^peak memory +[\d,]+ MiB$", table, re.M)
+    assert len(re.findall(r"^(?:with the controller|--signals none) +[\d,]+ tok", table, re.M)) == 2
+    assert re.search(r"^the controller +-?\d+\.\d% of a step\npeak memory +[\d,]+ MiB", table, re.M)
     assert not (tmp_path / "out").exists()
 
 
-@needs_fork
-def test_train_shows_a_terminal_a_bar_and_what_the_model_writes(demo, tmp_path):
-    import pty
-    ours, theirs = pty.openpty()
-    command = [sys.executable, TRAIN_PY, *TINY, "--data", demo, "--out", tmp_path]
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs) as process:
-        os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # the end of a terminal
-            while block := os.read(ours, 1 << 16):
-                shown += block
-    os.close(ours)
-    assert process.returncode == 0
-    assert b"12/12" in shown
-    assert len(re.findall(rb"[\r\n]    \w+ ", shown)) == 3
+def test_train_shows_a_terminal_a_bar_and_what_the_model_writes(demo, tmp_path, capsys):
+    with mock.patch.object(sys.stderr, "isatty", return_value=True):
+        assert train_here(demo, tmp_path) == 0
+    shown = capsys.readouterr()
+    assert "12/12" in shown.err
+    assert len(re.findall(r"^    \S.* ", shown.out, re.M)) == 3
     assert all(line.startswith("20") for line in log_of(tmp_path).splitlines())
 
 
@@ -2746,12 +2496,6 @@ def test_analyze_starts_in_a_notebook():
 
 
 # ---- Comparisons ---------------------------------------------------------------------------------
-def test_analyze_student_t():
-    freedom = np.array([1, 6, 60])
-    t = analyze.student_t(0.95, freedom)
-    assert t == pytest.approx([12.706, 2.447, 2.000], rel=0.003)
-    t = analyze.student_t(0.98, freedom)
-    assert t == pytest.approx([31.821, 3.143, 2.390], rel=0.003)
 
 
 def write_compared_logs():
@@ -2924,3 +2668,97 @@ def test_analyze_memory_counts_the_words_of_slots(monkeypatch, run_analyze):
     counts = {slot: int(printed(out, slot)[0]) for slot in slots}
     expected = dict.fromkeys(prepare.SLOTS, 180)
     assert counts == expected | {"hero": 130, "colour": 150, "all of these": 100}
+
+
+# ==== README.md ===================================================================================
+FOLDER = Path(training.__file__).parent
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+
+
+def help_of(module):
+    shown = io.StringIO()
+    with mock.patch.object(sys, "argv", ["x.py", "--help"]), contextlib.redirect_stdout(shown):
+        with contextlib.suppress(SystemExit):
+            module.main()
+    return shown.getvalue()
+
+
+def test_readme_flags_exist():
+    helps = "".join(map(help_of, (analyze, prepare, sampling, training)))
+    of_torchrun = {"--nproc_per_node", "--nnodes", "--rdzv", "--max", "--standalone"}
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w+", README))
+    assert len(named) > 10
+    assert named <= set(re.findall(r"--[a-z]\w+", helps)) | of_torchrun
+
+
+def test_readme_files_exist():
+    linked = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
+    quoted = re.findall(r"`([\w/]+\.(?:py|cu|txt|csv|md))`", README)
+    assert len(linked) > 2
+    for name in {*linked, *quoted}:
+        assert (FOLDER / name).exists(), name
+
+
+def test_readme_equations_link_to_their_lines():
+    lines = (FOLDER / "ncn.py").read_text(encoding="utf-8").splitlines()
+    links = re.findall(r"\[(\d+)\]\(ncn\.py#L(\d+)\)", README)
+    assert len(links) > 10
+    for equation, line in links:
+        assert re.search(rf"Eq\..*\b{equation}\b", lines[int(line) - 1]), (equation, line)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+
+
+def with_head_gates(source):
+    """ncn.py with the README's own signal, hunk by hunk."""
+    diff = re.search(r"^```diff\n(.*?)^```", README, re.S | re.M)[1]
+    for hunk in diff.split("@@\n")[1:]:
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] != "+")
+        new = "".join(line[1:] for line in lines if line[0] != "-")
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    return source
+
+
+HEAD_GATES = """
+import sys, torch, prepare, sample, train
+from ncn import ModulatedLM, Memory
+
+def run(main, *args):
+    sys.argv = ["x.py", *args]
+    assert main() == 0, args
+
+run(prepare.main, "demo", "--max_mb", "0.1")
+tiny = "--n_layer 1 --n_embd 16 --n_head 2 --ncn_hidden 4 --block_size 32 --val_sequences 8"
+run(train.main, *tiny.split(), "--preset", "laptop", "--device", "cpu", "--max_steps", "3")
+run(sample.main, "--prompt", "Once", "--max_new_tokens", "5", "--precision", "0.5")
+sample.colours_are_shown = lambda: True
+run(sample.main, "--prompt", "Once", "--max_new_tokens", "5", "--trace", "gain")
+model = ModulatedLM.load("out/ckpt_best.pt")
+ids = torch.arange(20)[None]
+assert model.signals(ids).shape == (1, 20, 1, 5)
+longer = sample.generate(model, ids, 9, temperature=0)
+assert torch.equal(longer[:, 20:], model(longer)[:, 19:-1].argmax(-1))
+one = model.state_dict()["controller.head_gates.weight"]
+torch.manual_seed(42)
+assert (one != ModulatedLM(model.config).state_dict()["controller.head_gates.weight"]).any()
+"""
+
+
+def test_readme_head_gates_train_and_generate(tmp_path):
+    """A signal of one's own needs no edit outside ncn.py."""
+    for path in [*FOLDER.glob("*.py"), FOLDER / "kernels.cu"]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    source = (FOLDER / "ncn.py").read_text(encoding="utf-8")
+    (tmp_path / "ncn.py").write_text(with_head_gates(source), encoding="utf-8")
+    (tmp_path / "gates.py").write_text(HEAD_GATES)
+    command = [sys.executable, "gates.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b[48;5;" in done.stdout

@@ -175,9 +175,17 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 def join_processes(device):
     """Makes the processes a group. A CPU's tensors go through gloo beside a GPU's, too."""
-    if WORLD > 1:
-        nccl = device.type == "cuda" and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    if WORLD == 1:
+        return
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives a restart, and with it the addresses of processes that died.
+        # So each attempt has keys of its own.
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    nccl = device.type == "cuda" and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
 
 
 def sum_over_processes(tensor):
@@ -580,11 +588,13 @@ def validate(run):
 
 
 def save(args, run, name):
-    """Writes a checkpoint into the run's folder, on rank 0; the others wait."""
-    path = os.path.join(args.out, name)
-    from_rank_0(lambda: run.model.save(
-        path, optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(), step=run.step,
-        best=run.best, settings=run.settings, dtype=run.dtype, data=run.meta))
+    """Writes a checkpoint into the run's folder, on rank 0. But not where numbers ran away: then
+    the last one is the better one."""
+    if RANK == 0 and all(p.isfinite().all() for p in run.model.parameters()):
+        run.model.save(
+            os.path.join(args.out, name), optimizer=run.optimizer.state_dict(),
+            scaler=run.scaler.state_dict(), step=run.step, best=run.best, settings=run.settings,
+            dtype=run.dtype, data=run.meta)
 
 
 def remark(run):
@@ -634,7 +644,7 @@ class Meter:
         """Writes the paper's log line. Raises FloatingPointError for a loss that is not finite."""
         task, homeostatic = (sum_over_processes(self.nats) / self.targets).tolist()
         if not math.isfinite(task) or not (norm.isfinite() or run.scaler.is_enabled()):
-            raise FloatingPointError(f"loss {task}, gradient norm {norm.item()}")
+            raise FloatingPointError(f"loss {task}, gradient norm {norm.item()}, try a lower --lr")
         speed = self.targets / (time.perf_counter() - self.clock)
         per_epoch = len(run.train.rows) // run.settings["batch_size"]
         epoch, place = divmod(run.step * run.settings["grad_accum"] - 1, per_epoch)
@@ -724,6 +734,7 @@ def loop(args, run, stop):
             if stop.is_up():
                 save(args, run, "ckpt_latest.pt")
                 log.info(f"Interrupted after step {run.step}: go on with --resume")
+                sum_over_processes(torch.zeros(1))  # who leaves sooner makes torchrun end the rest
                 raise SystemExit(128 + (stop.number or signal.SIGTERM))
             targets = targets_of_step(run, run.step)
             losses, norm = next(steps)
@@ -741,14 +752,13 @@ def loop(args, run, stop):
 
 
 def rescue(args, run, error):
-    """Saves the last whole step after an error: a full disk, no memory, a bug in an edit. But not
-    where numbers ran away: then the last checkpoint is the better one."""
-    reason = str(error).splitlines()[0]
+    """Saves the last whole step after an error: a full disk, no memory, a bug in an edit."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, FloatingPointError):
-        log.info(f"Stopped: {reason} at step {run.step}; try a lower --lr")
-    elif RANK == 0 and all(p.isfinite().all() for p in run.model.parameters()):
-        log.info(f"Failed after step {run.step}, go on with --resume: {reason}")
-        save(args, run, "ckpt_latest.pt")
+        log.info(f"Stopped: {reason} at step {run.step}")
+    else:
+        log.info(f"Failed after step {run.step}: {reason}")
+    save(args, run, "ckpt_latest.pt")
 
 
 # ---- How fast ----------------------------------------------------------------------------------
