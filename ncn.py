@@ -155,6 +155,7 @@ class Controller(nn.Module):
 
         control: (B, 1 or T, n_control); none is a control of zeros. memory and real: see context.
         """
+        check_salience(salience)
         if salience == "constant":  # the MLP reads nothing: three learned numbers per layer
             u = x.new_zeros(1, 1, x.size(-1))
         else:
@@ -301,6 +302,8 @@ class Memory:
         self.slots = torch.arange(c.block_size, device=weight.device)
         self.position = self.slots[:1].clone()  # how many tokens were read, on the device ...
         self.signals = None  # of the tokens read last, as the blocks got them: (B, T, L, 3)
+        self.end = 0  # slots that the tokens being read look at
+        self.mask = None  # which of these each of them sees, (T, end); None: all
         self.clear()
 
     def clear(self):
@@ -316,7 +319,7 @@ class Memory:
             raise ValueError(f"{self.length} + {T} tokens do not fit into block_size {slots}")
         positions = self.position + self.slots[:T]
         self.end = slots if positions.is_cuda else self.length + T
-        self.mask = None  # one token looks at all that a CPU shows it
+        self.mask = None
         if T > 1 or positions.is_cuda:
             self.mask = self.slots[: self.end] <= positions[:, None]  # (T, end)
         return positions
@@ -403,12 +406,12 @@ class ModulatedLM(nn.Module):
     def hidden(self, ids, memory=None, salience=None, edit=None, control=None, real=None):
         """ids (B, T) -> the last hidden state (B, T, d), and the signals (B, T, L, 3) or None."""
         salience = salience or self.config.salience
-        check_salience(salience)
         if memory is not None and salience == "global":
             salience = "causal"  # the tokens read so far are all there is
         control = self.check_control(control, *ids.shape)  # (B, 1 or T, n_control)
         x = self.embeddings(ids, memory)  # (B, T, d)
-        signals = used = None
+        signals = None  # what the controller says
+        used = None  # what the blocks get
         per_layer = [None] * self.config.n_layer
         if self.controller:  # backward, it learns through every signal at once: Eq. 16
             signals = self.controller(x, salience, control, memory, real)  # (B, T, L, 3)
@@ -526,12 +529,10 @@ THEIR_NAMES = {  # parts of the authors' names -> ours
 
 
 def not_padding(targets):
-    """targets (B, T) -> (B, T) bool: the tokens up to a row's last target. The others are padding.
-
-    A row without any target keeps its first token, so that a softmax has something to sum over."""
-    later_targets = (targets >= 0).flip(1).cumsum(1).flip(1)  # how many stand at t or behind it
-    later_targets[:, 0] += 1
-    return later_targets > 0
+    """targets (B, T) -> (B, T) bool: the tokens up to a row's last target; the rest is padding."""
+    places = torch.arange(targets.size(1), device=targets.device)
+    last = torch.where(targets >= 0, places, 0).amax(1, keepdim=True)  # (B, 1)
+    return places <= last
 
 
 def write_file(path, write):
@@ -597,7 +598,7 @@ def show_memory(model, ids):
     apart = (torch.stack(steps, dim=1) - model(ids)).abs().max()
     state = sum(tensor.numel() for tensor in memory.salience)
     cache = memory.keys[:, :, :, : memory.length].numel() * 2
-    print(f"   largest difference of the logits {apart:.0e}\n"
+    print(f"   largest difference of the logits {apart:.1e}\n"
           f"   numbers that are kept: {cache:,} keys and values, {state} for the controller")
 
 

@@ -18,6 +18,7 @@ import time
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from kernels import DEVICE_HELP, DEVICES, pick_device
 from ncn import SIGNALS, Memory, ModulatedLM, load_file
@@ -55,10 +56,9 @@ class PackedLinear(nn.Module):
     def __init__(self, weight, bias=None, parts=16):
         super().__init__()
         n_out, n_in = weight.shape
-        width = -(-n_out // (16 * parts)) * 16  # outputs in a part: a multiple of 16
-        parts = -(-n_out // width)
-        filled = weight.new_zeros(parts * width, n_in)
-        filled[:n_out] = weight
+        width = math.ceil(n_out / (16 * parts)) * 16  # outputs in a part: a multiple of 16
+        parts = math.ceil(n_out / width)
+        filled = F.pad(weight.detach(), (0, 0, 0, parts * width - n_out))
         self.packed = filled.view(parts, width, n_in).transpose(1, 2).contiguous()
         self.weight = weight
         self.bias = bias
@@ -226,16 +226,13 @@ def write(tokens, rows, levels=None):
     """Writes the samples to standard output, the first one word by word as it comes.
 
     levels(), for a trace, returns each row's colours of the tokens that were read last. A token is
-    drawn before it is read, so that a trace stays a token behind."""
+    drawn before it is read, so the text stays a token behind."""
     shown = 0
     for step in tokens:
-        if levels is not None:
-            for row, of_row in zip(rows, levels(), strict=True):
-                row.show(of_row)
-        for row, token in zip(rows, step.tolist(), strict=True):
+        of_rows = levels() if levels else [()] * len(rows)
+        for row, of_row, token in zip(rows, of_rows, step.tolist(), strict=True):
+            row.show(of_row)
             row.add(token)
-            if levels is None:
-                row.show()
         print(rows[0].text[shown:], end="", flush=True)
         shown = len(rows[0].text)
     for row in rows:
