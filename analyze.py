@@ -92,7 +92,7 @@ def pairs(text):
 
 
 def joined(settings):
-    """The text of which pairs makes these settings."""
+    """Settings as the text "name=value name=value", which pairs reads back."""
     return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
@@ -282,7 +282,7 @@ def judge(slope, half, drift, scatter, threshold=0.001):
     if trend != "Converged" and abs(slope) > half:
         return trend, "the slope's interval excludes zero"
     if half < threshold or drift <= scatter:
-        return "Converged", f"no trend, though noise would hide {half:.2g} nats per 1,000 steps"
+        return "Converged", f"no trend beyond noise or 0.001: ± {half:.2g} nats per 1,000 steps"
     return trend, "uncertain: by the slope alone, there are too few points for their noise"
 
 
@@ -420,7 +420,8 @@ def analyse_logs(paths, folder):
         print(f"\n{run.name}: {v.name} ({v.why})")
         print(f"    slope {v.slope:+.4f} ± {v.half:.4f} nats per 1,000 steps")
         print(f"    {run.step[-1]:,} steps, {tokens:,.2f} M tokens in {run.minutes:,.1f} minutes")
-        print(f"    validation loss {run.final:.4f}, to the first {run.final - runs[0].final:+.4f}")
+        print(f"    validation loss {run.final:.4f}, "
+              f"against the first run {run.final - runs[0].final:+.4f}")
         if e:
             fits.append((run, e))
             print(f"    95% of the improvement at step {e.step[e.p95]:,.0f}, "

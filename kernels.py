@@ -76,8 +76,9 @@ class _RMSNorm(torch.autograd.Function):
 def actuate(z, definition):
     """The signals of the controller's outputs z: definition(z), or the kernel with its formulas.
 
-    z (..., L, 3), any float dtype -> gain, precision, gate (..., L, 3), float32. `definition` is
-    the eager function; the model that defines the signals (Eq. 5 to 7) passes its own."""
+    z (..., L, 3), any float dtype -> gain, precision, gate (..., L, 3), float32. The model passes
+    its own `definition` of Eq. 5 to 7. The kernel has them built in: to change a formula, change
+    kernels.cu, too."""
     if _launcher(z):
         return _Actuate.apply(z.contiguous())
     return definition(z)
@@ -552,7 +553,7 @@ def backend(device=None):
     if device is None:
         device = pick_device()
     if device.type != "cuda":
-        return "kernels: eager (no GPU)"
+        return "kernels: eager (no NVIDIA GPU)"
     if _launcher(torch.empty(1, device=device)):  # compiles, if nothing has yet
         return "kernels: fused CUDA"
     return f"kernels: eager ({_reasons[device]})"

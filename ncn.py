@@ -109,7 +109,7 @@ class RMSNorm(nn.Module):
 
 
 def signals_of(z):
-    """Table 1: what the controller says, z (..., 3) of any dtype -> signals (..., 3), float32."""
+    """Table 1: z (..., 3) -> signals (..., 3), float32. kernels.cu has these formulas, too."""
     z = z.float()
     gain = 2 * torch.sigmoid(z[..., 0])  # Eq. 5
     precision = (F.softplus(z[..., 1]) + 0.01).clamp(max=4)  # Eq. 6
@@ -176,7 +176,7 @@ class Controller(nn.Module):
 
         It is a standard multi-head attention, but every position asks with the same learned query.
         `causal`: position t sees tokens 0..t, and what a memory has read before. `global`: every
-        position sees all tokens that are real (B, T), bool, none of the padding -> (B, 1, d).
+        position sees all tokens but padding, where real (B, T), bool, is false -> (B, 1, d).
         `reactive`: position t sees its own token."""
         w_query, w_key, w_value = self.in_proj.weight.chunk(3)  # (d, d) each
         b_query, b_key, b_value = self.in_proj.bias.chunk(3)
@@ -300,7 +300,7 @@ class Memory:
         average = log_sum.new_zeros(batch_size, c.ncn_heads, 1, c.n_embd // c.ncn_heads)
         self.salience = [log_sum, average]  # see salience_step
         self.slots = torch.arange(c.block_size, device=weight.device)
-        self.position = self.slots[:1].clone()  # how many tokens were read, on the device ...
+        self.position = self.slots[:1].clone()  # how many tokens were read, on the device
         self.signals = None  # of the tokens read last, as the blocks got them: (B, T, L, 3)
         self.end = 0  # slots that the tokens being read look at
         self.mask = None  # which of these each of them sees, (T, end); None: all
@@ -308,7 +308,7 @@ class Memory:
 
     def clear(self):
         """Forgets everything."""
-        self.length = 0  # ... and on the host
+        self.length = 0  # the same number, on the host
         self.position.zero_()
         self.salience[0].fill_(-math.inf)  # the log of a sum of no weights
 
@@ -326,8 +326,14 @@ class Memory:
 
     def append(self, layer, k, v):
         """k, v (B, h, T, e) of a layer's new tokens -> those of all tokens, (B, h, end, e)."""
-        write_cache(self.keys[layer], self.values[layer], k, v, self.position)
-        return self.keys[layer, :, :, : self.end], self.values[layer, :, :, : self.end]
+        keys = self.keys[layer, :, :, : self.end]  # (B, h, end, e)
+        values = self.values[layer, :, :, : self.end]
+        if keys.is_cuda:
+            write_cache(keys, values, k, v, self.position)
+        else:
+            keys[:, :, self.length :] = k
+            values[:, :, self.length :] = v
+        return keys, values
 
     def close(self, T, signals):
         """The T tokens are read, with these signals."""
@@ -361,7 +367,7 @@ class ModulatedLM(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() > 1:
-                std = p.size(1) ** -0.5  # keeps the variance; the embedding counts as the head
+                std = p.size(1) ** -0.5  # keeps the variance; the tied embedding has the head's
                 if name.endswith(("attn_out.weight", "ffn_out.weight")):  # as GPT-2, for any depth
                     std /= math.sqrt(2 * self.config.n_layer)
                 # A generator of its own, named after the matrix: whatever a variant adds, the

@@ -651,7 +651,8 @@ def read_arguments():
         help=f"UTF-8 text files (stories separated by {END}; each may begin with a line "
              f"'{CONTROL} 1 0.5', its label: numbers for the controller to read, as many in every "
              "story), folders (every *.txt below), tinystories (downloads TinyStoriesV2-GPT4, "
-             "2.2 GB, into the output folder) or demo (stories from a built-in grammar); default: "
+             "2.2 GB, into the output folder) or demo (stories from a built-in grammar, without "
+             "end: name it last); default: "
              "training_data if it holds any .txt, else tinystories, and demo where there is no "
              "network")
     add("--out", type=Path, default="data", help="output folder (default: %(default)s)")
@@ -667,7 +668,7 @@ def read_arguments():
         help="share of the stories to validate on, above 0 and below 1 (default: %(default)s)")
     add("--seed", type=int, default=42, help="of the split and of demo (default: %(default)s)")
     add("--max_mb", type=float,
-        help="MB (10^6 bytes) of text to use, to the last whole story (default: all; for demo "
+        help="MB (10^6 bytes) of text to use, to the last whole story (default and 0: all; demo: "
              f"{DEMO_MB})")
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:

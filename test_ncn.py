@@ -1170,7 +1170,7 @@ def test_greedy_text_is_that_of_full_passes(config, salience, block_size, prompt
         assert torch.equal(logits[:, -1].argmax(-1), text[:, known])
 
 
-def test_packed_matrices_compute_the_same_and_change_no_model():
+def test_generation_computes_the_same_and_changes_no_model():
     model = lively(vocab_size=999, n_embd=6, n_ffn=7, ncn_hidden=5).train()
     before = copy.deepcopy(model.state_dict())
     ids = tokens(2, 9)

@@ -791,7 +791,7 @@ def bench(args, device):
         print(f"{name:20}{speed:>12,.0f} tokens/s")
     share = statistics.median(1 - b / a for a, b in zip(*times.values(), strict=True))
     print(f"{'the controller':20}{share:>12.1%} of a step\n"
-          f"{'peak memory with it':20}{peaks[0] >> 20:>12,} MiB")
+          f"{'peak memory':20}{peaks[0] >> 20:>12,} MiB")
 
 
 @command
