@@ -91,10 +91,8 @@ HELP = {
         "grad_clip": "largest norm of the gradient; 0: no clipping",
     },
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 CHOICES = {"rows": ("contiguous", "aligned"), "start": ("neutral", "zero"), "salience": SALIENCE}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def arguments():
@@ -107,7 +105,9 @@ def arguments():
     add("--data", default="data", help="folder that prepare.py wrote (default: data)")
     add("--out", default="out", help="folder for training.log and checkpoints (default: out)")
     add("--resume", action="store_true",
-        help="go on from OUT/ckpt_latest.pt with its settings; begin if there is none")
+        help="go on from OUT/ckpt_latest.pt with its settings; begin if there is none. With "
+             "torchrun --max-restarts=3 a run recovers by itself; on several nodes, set "
+             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, too")
     add("--init", metavar="FILE",
         help="begin with this checkpoint's weights, on any data of its vocabulary, as a new run. "
              "With --lr 0 --max_steps 1 it is only validated")
@@ -136,9 +136,11 @@ def settings_of(args, on_gpu, saved=None):
     """-> the run's settings: a preset, or those saved in a checkpoint, overridden by the flags; and
     notes on them, lines for the log. Raises ValueError."""
     given = {name: getattr(args, name) for name in PAPER if getattr(args, name) is not None}
-    paper = args.preset == "paper" or args.preset == "auto" and on_gpu
-    settings = PAPER if paper else LAPTOP
-    notes = ["Preset paper" if paper else "Preset laptop"]
+    preset = args.preset
+    if preset == "auto":
+        preset = "paper" if on_gpu else "laptop"
+    settings = PAPER if preset == "paper" else LAPTOP
+    notes = [f"Preset {preset}"]
     if saved:
         settings = saved
         changed = [name for name in given if given[name] != saved[name]]
@@ -361,6 +363,7 @@ def make_run(args, settings, model, device, dtype):
     if records or args.compile:
         bucket = 64  # few lengths, since each needs a graph or a compilation of its own
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # eight lengths, to train and to validate
         model.compile(dynamic=False)
     return Run(settings, model, optimizer, scaler, device, dtype, records, bucket)
 
@@ -502,7 +505,7 @@ def recorded(run, work):
         rows = np.array([[0, length]] * run.settings["batch_size"])
         x, y, control = fetch(run, run.train, rows)
         inputs = [x, y, torch.zeros((), device=run.device), control]
-        for _ in range(2):  # what is compiled, measured or allocated at first use
+        for _ in range(2):  # whatever compiles or allocates does so now
             work(*inputs)
         run.model.zero_grad(set_to_none=False)  # a graph writes where it wrote when recorded
         graph = torch.cuda.CUDAGraph()
@@ -578,13 +581,13 @@ def validate(run):
         x, y, control = fetch(run, run.val, mine[i : i + size])
         with autocast(run):
             loss = run.model(x, y, control=control).task
-            untold = loss if control is None else run.model(x, y).task
+            without_control = loss if control is None else run.model(x, y).task
         n = (y >= 0).sum()
         stories = (y == run.meta["vocab_size"] - 1).sum()
-        sums += torch.stack([loss * n, untold * n, n, stories]).cpu()
+        sums += torch.stack([loss * n, without_control * n, n, stories]).cpu()
     run.model.train()
-    nats, untold, targets, stories = sum_over_processes(sums).tolist()
-    return nats / targets, untold / targets, targets / max(stories, 1)
+    nats, without_control, targets, stories = sum_over_processes(sums).tolist()
+    return nats / targets, without_control / targets, targets / max(stories, 1)
 
 
 def save(args, run, name):
@@ -606,11 +609,12 @@ def remark(run):
 
 def evaluate(args, run):
     """Validates, says what came out, and saves the run."""
-    loss, untold, targets_per_story = validate(run)
+    loss, without_control, targets_per_story = validate(run)
     log.info(f"Validation Result: Loss: {loss:.4f} | Perplexity: {math.exp(min(loss, 700)):.4f}"
              + remark(run))
     if run.model.config.n_control:
-        log.info(f"Without the control: {untold:.4f}, so it is worth {untold - loss:.4f} nats per "
+        worth = without_control - loss
+        log.info(f"Without the control: {without_control:.4f}, so it is worth {worth:.4f} nats per "
                  "token")
     if "entropy_nats_per_story" in run.meta:
         above = loss * targets_per_story - run.meta["entropy_nats_per_story"]
