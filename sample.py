@@ -112,7 +112,7 @@ def stream(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, see
     that has drawn end_token goes on yielding it; when all have, the stream ends (on a GPU up to 15
     tokens later). edit changes the signals (B, T, L, 3) before use; control: (B, n_control).
     memory: an empty Memory(model, B), for a caller who wants to look into it between the tokens.
-    When it is full, the last half of the text is kept and read again.
+    When it is full, or a prompt too long, the last block_size // 2 tokens are kept and read again.
     On a GPU the step is captured, edit too: tensor operations only, no .item().
     Raises ValueError when the first token is asked for."""
     check_settings(max_new_tokens, temperature, top_k, top_p)
@@ -133,7 +133,7 @@ def stream(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, see
     read_one = step
     for i in range(max_new_tokens):
         known = prompt + i  # tokens of the text so far
-        if memory.length in (0, block_size):
+        if memory.length in (0, block_size):  # nothing was read yet, or it is full
             memory.clear()
             start = 0 if known <= block_size else known - block_size // 2
             token = step(text[:, start:known], numbers[i])
@@ -327,7 +327,7 @@ def main():
     ids = torch.tensor([prompt] * args.num_samples, device=device)
     dose = torch.tensor([args.gain, args.precision, args.gate], device=device)
 
-    def edit(signals):
+    def edit(signals):  # a reader's own signals stand behind the three, and stay
         return torch.cat([signals[..., :3] * dose, signals[..., 3:]], dim=-1)
 
     control = None

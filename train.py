@@ -198,7 +198,7 @@ def sum_over_processes(tensor):
 
 
 def from_rank_0(work):
-    """What work() returns on rank 0, on every process: rank 0's files may be the only ones."""
+    """What work() returns on rank 0, on every process: only rank 0 needs the run's folder."""
     result = [work() if RANK == 0 else None]
     if WORLD > 1:
         dist.broadcast_object_list(result)
@@ -206,15 +206,16 @@ def from_rank_0(work):
 
 
 class StopSign:
-    """Ctrl-C and SIGTERM ask for an orderly stop. A second one ends a process that runs alone;
-    among several, torchrun has only passed on the first."""
+    """Ctrl-C and SIGTERM ask for an orderly stop. A second one ends the process at once; but not
+    under torchrun, which passes on the signal that all have got already."""
 
     def __init__(self):
         self.number = 0
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, self.receive)
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                number = getattr(signal, name)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         if self.number and WORLD == 1:
@@ -293,8 +294,8 @@ def batch(run, number):
     x, y, control = fetch(run, run.train, rows)
     if control is not None:
         rng = np.random.default_rng((run.settings["seed"], number, 1))
-        told = rng.random((len(rows), 1, 1)) > 0.1
-        control = control * to_device(run, told)
+        keeps = rng.random((len(rows), 1, 1)) > 0.1
+        control = control * to_device(run, keeps)
     return x, y, to_device(run, np.array(share, dtype=np.float32)), control
 
 
@@ -326,16 +327,16 @@ def choose_dtype(device, config):
         return "fp16", "this GPU has no bf16 units; losses are scaled"
     if device.type == "mps":
         return "fp32", "the safe choice, untried like all of mps"
-    # Decided by size, not by timing, so that runs to be compared use the same dtype.
+    # A small model's size decides, not a timing, so that runs to be compared use the same dtype.
     if config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size) < 1.5e6:
         return "fp32", "the casts of so small a model cost more than bf16 saves"
-    # Without bf16 units a CPU's product can take a hundred times as long, with them much less.
+    # For a larger one: has this CPU bf16 units? Without, a product takes up to 100 times as long.
     a = torch.randn(256, 256)
     b = a.bfloat16()
-    gain = min(seconds(lambda: a @ a) for _ in range(6))
-    gain /= min(seconds(lambda: b @ b) for _ in range(6))
-    name = "bf16" if gain > 1.5 else "fp32"
-    return name, f"bf16 products are {gain:.2g} times as fast on this CPU, measured now"
+    fp32 = min(seconds(lambda: a @ a) for _ in range(6))
+    bf16 = min(seconds(lambda: b @ b) for _ in range(6))
+    name = "bf16" if fp32 / bf16 > 1.5 else "fp32"
+    return name, f"bf16 products are {fp32 / bf16:.2g} times as fast on this CPU, measured now"
 
 
 def seconds(work):
@@ -357,11 +358,12 @@ def make_run(args, settings, model, device, dtype):
         fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     model.to(device).train()
-    model.checkpoint_blocks = args.checkpoint_blocks  # their random state cannot be recorded
+    model.checkpoint_blocks = args.checkpoint_blocks
+    # Checkpointing restores the random state, which a CUDA graph cannot record.
     records = device.type == "cuda" and bool(torch.version.cuda) and not args.checkpoint_blocks
-    bucket = 1
-    if records or args.compile:
-        bucket = 64  # few lengths, since each needs a graph or a compilation of its own
+    bucket = 1  # rows are padded to a multiple of it
+    if records or args.compile:  # few lengths: each needs a graph or a compilation of its own
+        bucket = math.gcd(64, settings["block_size"])  # no row may exceed block_size
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # eight lengths, to train and to validate
         model.compile(dynamic=False)
@@ -408,7 +410,9 @@ def read_start(args):
 
 
 def start_or_resume(args, device):
-    """-> the run that the flags ask for, and notes for its log. Raises ValueError, OSError."""
+    """-> the run that the flags ask for, whether it is resumed, and notes for its log.
+
+    Raises ValueError, OSError."""
     content, resumes, meta = from_rank_0(lambda: read_start(args))
     s, notes = settings_of(args, device.type == "cuda", content["settings"] if resumes else None)
     if args.resume and not resumes:
@@ -440,7 +444,7 @@ def start_or_resume(args, device):
             run.scaler.load_state_dict(content["scaler"])
         run.step = content["step"]
         run.best = content["best"]
-    return run, notes
+    return run, resumes, notes
 
 
 def check_rows(args, s, train, val):
@@ -476,7 +480,7 @@ def micro_batch(run, x, y, share, control=None):
 
 def micro_batches(run):
     """Yields this process's micro-batches without end: (number, batch). A thread makes the next one
-    while this one is computed; it would pin memory for the first GPU, were it not told its own."""
+    while this one is computed. It must select the GPU itself, or it would pin memory by GPU 0."""
     def set_device():
         if run.device.type == "cuda":
             torch.cuda.set_device(run.device)
@@ -498,10 +502,12 @@ def recorded(run, work):
     A graph has one row length. All are recorded before the first step: recording runs the work
     first, with a share of 0, and then sets the gradients to 0."""
     longest = run.model.config.block_size
-    shortest = longest if run.settings["rows"] == "contiguous" else run.bucket
+    lengths = [longest]
+    if run.settings["rows"] == "aligned":
+        lengths = range(run.bucket, longest + 1, run.bucket)
     graphs = {}
     pool = torch.cuda.graph_pool_handle()
-    for length in range(shortest, longest + run.bucket, run.bucket):
+    for length in lengths:
         rows = np.array([[0, length]] * run.settings["batch_size"])
         x, y, control = fetch(run, run.train, rows)
         inputs = [x, y, torch.zeros((), device=run.device), control]
@@ -509,7 +515,9 @@ def recorded(run, work):
             work(*inputs)
         run.model.zero_grad(set_to_none=False)  # a graph writes where it wrote when recorded
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool, torch.cuda.Stream(run.device), "thread_local"):
+        stream = torch.cuda.Stream(run.device)
+        # Thread_local: another thread may pin memory meanwhile.
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             losses = work(*inputs)
         graphs[length] = graph, inputs, losses
 
@@ -593,11 +601,15 @@ def validate(run):
 def save(args, run, name):
     """Writes a checkpoint into the run's folder, on rank 0. But not where numbers ran away: then
     the last one is the better one."""
-    if RANK == 0 and all(p.isfinite().all() for p in run.model.parameters()):
-        run.model.save(
-            os.path.join(args.out, name), optimizer=run.optimizer.state_dict(),
-            scaler=run.scaler.state_dict(), step=run.step, best=run.best, settings=run.settings,
-            dtype=run.dtype, data=run.meta)
+    if RANK > 0:
+        return
+    if not all(p.isfinite().all() for p in run.model.parameters()):
+        log.info(f"{name} is not written: the weights are not finite")
+        return
+    run.model.save(
+        os.path.join(args.out, name), optimizer=run.optimizer.state_dict(),
+        scaler=run.scaler.state_dict(), step=run.step, best=run.best, settings=run.settings,
+        dtype=run.dtype, data=run.meta)
 
 
 def remark(run):
@@ -710,12 +722,12 @@ def describe(args, run, notes):
 # ---- The loop ----------------------------------------------------------------------------------
 def train(args, device):
     """Trains from the first step, or that of a checkpoint, to the last."""
-    run, notes = start_or_resume(args, device)
+    run, resumes, notes = start_or_resume(args, device)
     stop = StopSign()
     with contextlib.ExitStack() as stack:
         if RANK == 0:
             stack.enter_context(prepare.locked(args.out, "training"))
-            open_log(args, resumes=run.step > 0)
+            open_log(args, resumes)
             stack.enter_context(logging_redirect_tqdm([log]))
         describe(args, run, notes)
         try:
@@ -738,7 +750,7 @@ def loop(args, run, stop):
             if stop.is_up():
                 save(args, run, "ckpt_latest.pt")
                 log.info(f"Interrupted after step {run.step}: go on with --resume")
-                sum_over_processes(torch.zeros(1))  # who leaves sooner makes torchrun end the rest
+                sum_over_processes(torch.zeros(1))  # a barrier: when one exits, torchrun ends all
                 raise SystemExit(128 + (stop.number or signal.SIGTERM))
             targets = targets_of_step(run, run.step)
             losses, norm = next(steps)
@@ -756,13 +768,15 @@ def loop(args, run, stop):
 
 
 def rescue(args, run, error):
-    """Saves the last whole step after an error: a full disk, no memory, a bug in an edit."""
+    """Saves the last whole step after an error: a full disk, no memory, a reader's own bug."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, FloatingPointError):
         log.info(f"Stopped: {reason} at step {run.step}")
     else:
         log.info(f"Failed after step {run.step}: {reason}")
-    save(args, run, "ckpt_latest.pt")
+    # Of several GPUs one may have died while the others' gradients were still under way.
+    if WORLD == 1 or run.device.type == "cpu":
+        save(args, run, "ckpt_latest.pt")
 
 
 # ---- How fast ----------------------------------------------------------------------------------
@@ -771,13 +785,16 @@ def bench(args, device):
     s, _ = settings_of(args, device.type == "cuda")
     s = s | {"rows": "contiguous", "max_steps": 10**9}
     vocab_size = 50257  # GPT-2's
-    tokens = np.random.default_rng(0).integers(vocab_size, size=100 * s["block_size"])
-    rows = prepare.rows_of(tokens, s["block_size"])[: s["batch_size"]]
+    size = (s["batch_size"] + 1) * s["block_size"]
+    tokens = np.random.default_rng(0).integers(vocab_size, size=size)
+    rows = prepare.rows_of(tokens, s["block_size"])
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype, _ = choose_dtype(device, config_of(s, vocab_size))
     steps = {}
     peaks = []  # of memory, in bytes; the second holds both models
     for name, signals in (("with the controller", s["signals"]), ("--signals none", "none")):
         config = config_of(s | {"signals": signals}, vocab_size)
-        dtype = choose_dtype(device, config)[0] if args.dtype == "auto" else args.dtype
         run = make_run(args, s, ModulatedLM(config), device, dtype)
         run.meta = {"vocab_size": vocab_size}
         run.train = Split(tokens, None, rows)
@@ -802,11 +819,12 @@ def bench(args, device):
 def main():
     args = arguments()
     device = pick_device(args.device)
-    if args.bench:
-        return bench(args, device)
     join_processes(device)
     try:
-        train(args, device)
+        if args.bench:
+            bench(args, device)
+        else:
+            train(args, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
