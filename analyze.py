@@ -14,11 +14,11 @@ Verdict (paper, section 4.1.2): a straight line is fitted by least squares to th
 the last 15% of the steps. A slope within 0.001 nats per 1,000 steps of zero is "Converged", a
 falling line "Still improving", a rising one "Diverging". But noise would hardly ever let a flat run
 pass, so the slope has a 98% interval (Student's t, wider where neighbouring errors correlate). If
-that holds zero, the log shows no trend, which is "Converged" too, provided that it is narrower than
-the threshold, or allows a drift over the window below the scatter of single points. Else the slope
-alone decides, and the verdict says that it is uncertain. Below 5 points it is "Undecided"; a run
-that ends in a NaN or infinite loss is "Diverging". A loss flattens as the learning rate falls: more
-training may help a "Converged" run.
+it excludes zero, the slope decides. If it holds zero, the run is "Converged", provided that the
+interval is narrower than the threshold, or that the drift which it allows over the window is below
+the scatter of single points. Else the slope decides, and the verdict says that it is uncertain.
+Below 5 points it is "Undecided"; a run that ends in a NaN or infinite loss is "Diverging". A loss
+flattens as the learning rate falls: more training may help a "Converged" run.
 
 Sample efficiency (section 5.2): L(s) = a + b s^-c, a >= 0, is fitted by least squares to the
 smoothed loss, the mean over bins of equal width in log s. The 95% and 99% steps are where it has
@@ -260,8 +260,8 @@ def ewma(y, span):
 class Verdict:
     """How a run ends, with the line that was fitted to its last 15%."""
 
-    first: float  # step of the window
-    step: float  # the line's middle
+    first: float  # the window's first step
+    step: float  # its mean step: the line passes through (step, loss)
     loss: float
     slope: float = math.nan  # nats per 1,000 steps; NaN below 5 points
     half: float = math.nan  # half the width of its 98% interval
@@ -627,14 +627,14 @@ def memory(model, tokenizer, checkpoint, number=200, longest=1000):
     end = tokenizer.eot_token
     prompt = torch.full((number, 1), end, device=model.embed.weight.device)  # a story follows END
     sampled = generate(model, prompt, longest, temperature=0.5, top_k=0, seed=0, end_token=end)
-    stories = []
+    results = []
     for tokens in sampled[:, 1:].tolist():
         if end in tokens:
-            stories.append(slots_kept(tokenizer.decode(tokens[: tokens.index(end)])))
-    print(f"\nOf {number} sampled stories (temperature 0.5), {len(stories)} come to an end.")
+            results.append(slots_kept(tokenizer.decode(tokens[: tokens.index(end)])))
+    print(f"\nOf {number} sampled stories (temperature 0.5), {len(results)} come to an end.")
     print("How many use just one word of a slot?")
     for slot in [*SLOTS, "all of these"]:
-        count = sum(kept[slot] for kept in stories)
+        count = sum(kept[slot] for kept in results)
         print(f"{slot:12}  {count:4}  {count / number:6.1%}")
 
 

@@ -205,7 +205,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, weight, targets, dtype, want_gradients):
         h = h.to(dtype)
         weight = weight.to(dtype)
-        loss, ctx.n, *ctx.gradients = _loss_in_chunks(h, weight, targets, want_gradients)
+        loss, n, dh, dw = _loss_in_chunks(h, weight, targets, want_gradients)
+        ctx.n = n
+        ctx.gradients = (dh, dw)
         return loss
 
     @staticmethod
@@ -369,8 +371,8 @@ def _try_gpu(device):
 class _Launcher:
     """Compiles and loads the kernels for one GPU, and launches them there.
 
-    On torch's current stream of that device, so that a captured CUDA graph records a launch like
-    any other, and in torch's context, whichever thread calls: autograd's own thread has none."""
+    A launch goes to torch's current stream of that device, so that a captured CUDA graph records
+    it. It runs in torch's context, whichever thread calls: autograd's own thread has none."""
 
     def __init__(self, device):
         if torch.version.cuda is None:

@@ -524,7 +524,7 @@ class ModulatedLM(nn.Module):
         return model.eval()
 
 
-THEIR_NAMES = {  # parts of the authors' names -> ours
+THEIR_NAMES = {  # parts of the authors' names -> ours, a longer one before what is part of it
     "token_embeddings.": "embed.", "position_embeddings.": "position.", "final_norm.": "norm.",
     "ncn.control_query": "controller.query", "ncn.pooling_attn.in_proj_": "controller.in_proj.",
     "ncn.pooling_attn.": "controller.", "ncn.ncn_norm.": "controller.norm.", "ncn.": "controller.",

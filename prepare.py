@@ -43,7 +43,7 @@ def tokenizer_of(meta):
     "gpt2": GPT-2's bytes and merges;
     "words": bytes, then the words meta["vocabulary"];
     "bytes".
-    meta["vocab_size"] counts them and END: of more, only the first are used; None means all.
+    meta["vocab_size"] is how many of them are used, with END; None means all.
     Raises ValueError for another name or size, ConnectionError where GPT-2's vocabulary is neither
     cached nor reachable."""
     name = meta["tokenizer"]
@@ -87,9 +87,9 @@ def prompt_tokens(tokenizer, text):
 
 
 # ---- The demo stories ----------------------------------------------------------------------------
-# A slot has options, separated by "|" and all equally likely, or a pair (earlier slot, table):
-# which options go with what that one drew. "{slot}" draws an option where a story first gets there
-# and repeats its words from then on.
+# A slot has options, separated by "|" and all equally likely; or it is a pair (earlier slot,
+# table), and the option drawn there selects the table's entry. "{slot}" draws where a story first
+# meets it, and repeats those words from then on.
 #
 # No text can be told in two ways: slots are drawn in reading order, a draw's words stand where it
 # is drawn, and no option is the beginning of another one of its list. So reading from left to right
@@ -408,6 +408,7 @@ def split_of(story, first_stories, args):
     """The split of a story, "train" or "val": equal stories always get the same one.
     A hash of the story and the seed decides; but the first two different stories of all, kept in
     the dict `first_stories`, go one to each split, so that neither is empty."""
+    # The first story trains, the second validates; later ones that equal them follow them.
     if story in first_stories or len(first_stories) < 2:
         return first_stories.setdefault(story, "val" if first_stories else "train")
     digest = hashlib.sha256(f"{args.seed} {story}".encode()).hexdigest()
@@ -437,7 +438,8 @@ def write_arrays(folder, files, tokenizer, meta, args):
                     batch[split].append(story + END)
                     outputs[f"{split}.control"].write(np.array(label, "<f4"))
                 for split, stories in batch.items():
-                    # One long text for each core: thousands of short ones would cost more.
+                    # array_split cuts the stories into one part for each core, joined to one
+                    # long text: thousands of short ones would cost more.
                     parts = map("".join, np.array_split(np.array(stories, object), cores))
                     ids = tokenizer.encode_batch(parts, num_threads=cores, allowed_special={END})
                     tokens = np.concatenate(ids).astype("<u2")
@@ -550,9 +552,9 @@ def rows_of(tokens, block_size, aligned=False):
     """The rows to train on: (N, 2) int64, where in `tokens` a row's inputs begin, and how many
     targets it has.
     Contiguous rows are windows of block_size targets; a rest that fills none is left out.
-    An aligned row is a story: it begins with the END before it (before the file's first that is at
-    index -1: its last token, an END, too) and ends with its own; a story that is too long is cut
-    into rows of its own. So each token is a target once."""
+    An aligned row is a story: its inputs begin with the END of the story before, its targets end
+    with its own END. The first story begins at index -1, the file's last token, which is an END. A
+    story longer than block_size is cut into several rows. So each token is a target once."""
     if not aligned:
         rows = [(start, block_size) for start in range(0, len(tokens) - block_size, block_size)]
     else:

@@ -673,7 +673,8 @@ class Meter:
                  f"| Tok/s: {speed:.0f}{remark(run)}")
 
 
-log = logging.getLogger("train")  # on the terminal and in OUT/training.log; rank 0 alone writes
+# On the terminal and in OUT/training.log. Only rank 0 gives it handlers; elsewhere it is silent.
+log = logging.getLogger("train")
 
 
 def open_log(args, resumes):
@@ -685,7 +686,7 @@ def open_log(args, resumes):
         number += 1
     for name in ("training.log", "ckpt_latest.pt", "ckpt_best.pt"):
         if os.path.exists(f"{args.out}/{name}") and not resumes:
-            os.renames(f"{args.out}/{name}", f"{args.out}/previous/{number}/{name}")
+            os.renames(f"{args.out}/{name}", f"{args.out}/previous/{number}/{name}")  # and folders
     file = logging.FileHandler(f"{args.out}/training.log", encoding="utf-8")
     log.handlers = [file, logging.StreamHandler(sys.stdout)]
     for handler in log.handlers:
@@ -700,6 +701,7 @@ def describe(args, run, notes):
     of_controller = 0
     if run.model.controller:
         of_controller = sum(p.numel() for p in run.model.controller.parameters())
+        # One more hidden unit costs 2 d + 1 weights per layer.
         n_ffn = (c.n_ffn or 4 * c.n_embd) + round(of_controller / c.n_layer / (2 * c.n_embd + 1))
         notes.append(f"A static model of this size: --signals none --n_ffn {n_ffn}")
     for note in notes:
@@ -752,7 +754,7 @@ def loop(args, run, stop):
                 log.info(f"Interrupted after step {run.step}: go on with --resume")
                 sum_over_processes(torch.zeros(1))  # a barrier: when one exits, torchrun ends all
                 raise SystemExit(128 + (stop.number or signal.SIGTERM))
-            targets = targets_of_step(run, run.step)
+            targets = targets_of_step(run, run.step)  # of the step that comes, which moves run.step
             losses, norm = next(steps)
             meter.nats += losses * targets
             meter.targets += targets
