@@ -420,8 +420,7 @@ def analyse_logs(paths, folder):
         print(f"\n{run.name}: {v.name} ({v.why})")
         print(f"    slope {v.slope:+.4f} ± {v.half:.4f} nats per 1,000 steps")
         print(f"    {run.step[-1]:,} steps, {tokens:,.2f} M tokens in {run.minutes:,.1f} minutes")
-        print(f"    validation loss {run.final:.4f}, "
-              f"against the first run {run.final - runs[0].final:+.4f}")
+        print(f"    validation loss {run.final:.4f}, vs first {run.final - runs[0].final:+.4f}")
         if e:
             fits.append((run, e))
             print(f"    95% of the improvement at step {e.step[e.p95]:,.0f}, "
