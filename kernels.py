@@ -303,9 +303,10 @@ def _softmax_loss(logits, targets, want_gradient):
         numbers = map(c_int64, (rows, V, logits.stride(0), want_gradient))
         launch(_name("softmax_loss", logits), grid, block, (logits, loss, targets), numbers)
         return loss
+    piece = rows
     if not logits.is_cuda:  # as many as stay in a CPU's cache: 2.6 times as fast in bf16
-        rows = max(1, (1 << 20) // V)
-    pairs = zip(logits.split(rows), targets.split(rows), strict=True)
+        piece = max(1, (1 << 20) // V)
+    pairs = zip(logits.split(piece), targets.split(piece), strict=True)
     return torch.cat([_eager_softmax_loss(*pair, want_gradient) for pair in pairs])
 
 

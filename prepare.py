@@ -633,14 +633,14 @@ def command(main):
     return run
 
 
-def locked(folder, work):
-    """Holds the lock of `folder`, which it makes, while in a `with` block: one work at a time.
+def locked(folder, program):
+    """Holds the lock of `folder`, which it makes, while in a `with` block: one program at a time.
     Raises ValueError if another process has it, OSError if there cannot be a lock."""
     os.makedirs(folder, exist_ok=True)
     try:
         return filelock.FileLock(f"{folder}/lock").acquire(timeout=0)
     except filelock.Timeout:
-        raise ValueError(f"another {work} is at work in {folder}: "
+        raise ValueError(f"another {program} is at work in {folder}: "
                          "wait for it, or name another folder by --out") from None
 
 

@@ -146,7 +146,7 @@ def stream(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, see
     On a GPU the step is captured, edit too: tensor operations only, no .item().
     Raises ValueError when the first token is asked for."""
     check_settings(max_new_tokens, temperature, top_k, top_p)
-    B, prompt = ids.shape
+    B, prompt_length = ids.shape
     block_size = model.config.block_size
     model = for_generation(model)
     if memory is None:
@@ -162,7 +162,7 @@ def stream(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, see
 
     read_one = step
     for i in range(max_new_tokens):
-        known = prompt + i  # tokens of the text so far
+        known = prompt_length + i  # tokens of the text so far
         if memory.length in (0, block_size):  # nothing was read yet, or it is full
             memory.clear()
             start = 0 if known <= block_size else known - block_size // 2
@@ -216,8 +216,8 @@ class Row:
     def show(self, levels=()):
         """Makes the waiting tokens text; levels, of the tokens that were read last, colour them."""
         n = len(self.waiting)
-        levels = [None] * n + list(levels)  # a token that was not read has no colour
-        for token, level in zip(self.waiting, levels[-n:], strict=False):
+        padded = [None] * n + list(levels)  # a token that was not read has no colour
+        for token, level in zip(self.waiting, padded[-n:], strict=False):
             text = self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
             self.text += text if level is None else paint(text, level)
         self.waiting = []
@@ -229,9 +229,9 @@ def write(tokens, rows, levels=None):
     levels(), for a trace, returns each row's colours of the tokens that were read last. A token is
     drawn before it is read, so the text stays a token behind."""
     shown = 0
-    for step in tokens:
+    for drawn in tokens:
         of_rows = levels() if levels else [()] * len(rows)
-        for row, of_row, token in zip(rows, of_rows, step.tolist(), strict=True):
+        for row, of_row, token in zip(rows, of_rows, drawn.tolist(), strict=True):
             row.show(of_row)
             row.add(token)
         print(rows[0].text[shown:], end="", flush=True)
@@ -249,9 +249,9 @@ RAMP = (17, 18, 24, 60, 102, 144, 185, 220, 227)
 
 def paint(text, level):
     """The text on a background for level 0 to 1. The colour ends before a line does."""
-    step = round(level * (len(RAMP) - 1))
-    ink = 15 if step < 5 else 16
-    on = f"\x1b[48;5;{RAMP[step]};38;5;{ink}m"
+    place = round(level * (len(RAMP) - 1))
+    ink = 15 if place < 5 else 16
+    on = f"\x1b[48;5;{RAMP[place]};38;5;{ink}m"
     off = "\x1b[0m"
     return on + text.replace("\n", f"{off}\n{on}") + off
 

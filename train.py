@@ -374,9 +374,9 @@ def new_model(args, s, config, meta, labels, content):
     """The model of a new run: with the weights of a checkpoint's content, or drawn by its seed."""
     if content is not None:
         model = ModulatedLM.from_checkpoint(content, args.init)
-        theirs = identity(model.config, content.get("data", {"tokenizer": "gpt2"}))
-        for name, mine in identity(config, meta).items():
-            if theirs[name] != mine:
+        of_checkpoint = identity(model.config, content.get("data", {"tokenizer": "gpt2"}))
+        for name, wanted in identity(config, meta).items():
+            if of_checkpoint[name] != wanted:
                 raise ValueError(f"--init {args.init} is another model: it has another {name}")
         return model
     model = ModulatedLM(config)
@@ -495,11 +495,11 @@ def micro_batches(run):
             number += WORLD
 
 
-def recorded(run, work):
-    """work(*inputs), a micro-batch, as CUDA graphs: a thousand small kernels launched at once,
-    since a large GPU runs them in less time than Python takes to launch them.
+def recorded(run):
+    """micro_batch of this run as CUDA graphs: a thousand small kernels launched at once, since a
+    large GPU runs them in less time than Python takes to launch them.
 
-    A graph has one row length. All are recorded before the first step: recording runs the work
+    A graph has one row length. All are recorded before the first step: recording runs micro-batches
     first, with a share of 0, and then sets the gradients to 0."""
     longest = run.model.config.block_size
     lengths = [longest]
@@ -512,13 +512,13 @@ def recorded(run, work):
         x, y, control = fetch(run, run.train, rows)
         inputs = [x, y, torch.zeros((), device=run.device), control]
         for _ in range(2):  # whatever compiles or allocates does so now
-            work(*inputs)
+            micro_batch(run, *inputs)
         run.model.zero_grad(set_to_none=False)  # a graph writes where it wrote when recorded
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(run.device)
         # Thread_local: another thread may pin memory meanwhile.
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            losses = work(*inputs)
+            losses = micro_batch(run, *inputs)
         graphs[length] = graph, inputs, losses
 
     def replay(*new):
@@ -557,9 +557,9 @@ def update(run):
 def train_steps(run):
     """Trains without end; after each step yields the losses of this process's micro-batches (2,)
     and the gradient's norm, tensors: nothing waits for a GPU."""
-    work = functools.partial(micro_batch, run)
+    compute = functools.partial(micro_batch, run)
     if run.records:
-        work = recorded(run, work)
+        compute = recorded(run)
     batches = micro_batches(run)
     while True:
         for group in run.optimizer.param_groups:
@@ -569,7 +569,7 @@ def train_steps(run):
             number, inputs = next(batches)
             seed = np.random.SeedSequence((run.settings["seed"], number)).generate_state(1)[0]
             torch.manual_seed(int(seed))  # of the dropout
-            losses += work(*inputs)
+            losses += compute(*inputs)
         norm = update(run)
         run.step += 1
         yield losses, norm
@@ -806,7 +806,7 @@ def bench(args, device):
     times = {name: [] for name in steps}
     for _ in range(7):
         for name, step in steps.items():
-            times[name].append(seconds(lambda step=step: next(step)))
+            times[name].append(seconds(functools.partial(next, step)))
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}, "
           f"{kernels.backend(device)}")
     for name, measured in times.items():
