@@ -2277,6 +2277,30 @@ def test_train_validation_says_what_the_control_is_worth(labelled, tmp_path):
     assert [*map(float, numbers)] == pytest.approx(expected, abs=1e-4, rel=1e-3)
 
 
+def test_train_controls_are_scaled_by_their_spread(labelled, tmp_path):
+    """Their weights begin divided by the labels' standard deviation, unless that is 0."""
+    config = new_run(labelled, tmp_path).model.config
+    labels = np.array([[0.1, 7.3], [0.3, 7.3]])
+    torch.manual_seed(5)
+    start = {"start": "neutral"}
+    scaled = training.new_model(None, start, config, None, (labels, None), None)
+    torch.manual_seed(5)
+    drawn = ModulatedLM(config).controller.control.weight
+    expected = drawn / torch.tensor([0.1, 1.0])
+    torch.testing.assert_close(scaled.controller.control.weight, expected)
+
+
+def test_train_labelled_runs_resume_and_share(labelled, tmp_path):
+    one = tmp_path / "one"
+    assert train_here(labelled, one) == 0
+    assert fork_two(train_there, labelled, tmp_path / "two") == [0, 0]
+    assert_same_run(tmp_path / "two", one, atol=6e-8)
+    kill = functools.partial(send, [signal.SIGKILL])
+    assert status_of(train_alone(labelled, tmp_path, "", kill)) == -signal.SIGKILL
+    assert train_here(labelled, tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, one)
+
+
 # ---- Variants, the machine, the terminal -------------------------------------------------------
 @pytest.mark.parametrize("flags", [
     "--signals none --n_ffn 70", "--signals gate,gain", "--salience reactive",
