@@ -62,7 +62,7 @@ from tqdm import tqdm
 import prepare
 from kernels import DEVICE_HELP, DEVICES, pick_device
 from ncn import SIGNALS, write_file
-from prepare import SLOTS, command, fail
+from prepare import SLOTS, command, complain
 from sample import generate, load_model
 
 # Okabe and Ito's colours stay apart for every kind of colour vision. matplotlib calls them "C0"
@@ -353,6 +353,7 @@ class Efficiency:
     step: np.ndarray
     loss: np.ndarray
     law: tuple  # a, b, c
+    r2: float  # the share of the curve's variance that the law explains
     p95: int  # where, in the curve, 95% and 99% of the improvement are first made
     p99: int
     sei: float
@@ -368,7 +369,7 @@ def smoothed(run, bins=128):
 
 
 def fit_power_law(step, loss):
-    """Least squares of a + b s^-c, a >= 0 -> a, b, c."""
+    """Least squares of a + b s^-c, a >= 0 -> (a, b, c), R²."""
     fits = []
     for c in np.geomspace(0.02, 4, 160):  # for a given c the best a and b are linear least squares
         columns = np.stack([np.ones_like(step), step**-c], axis=1)
@@ -376,7 +377,8 @@ def fit_power_law(step, loss):
         error = np.sum((a + b * step**-c - loss) ** 2)
         if a >= 0:
             fits.append((error, a, b, c))
-    return min(fits)[1:]
+    error, *law = min(fits)
+    return law, 1 - error / np.sum((loss - loss.mean()) ** 2)
 
 
 def efficiency(run):
@@ -389,7 +391,7 @@ def efficiency(run):
     p95 = np.argmax(share >= 0.95)
     p99 = np.argmax(share >= 0.99)
     sei = np.trapezoid(share, step) / (step[-1] - step[0])
-    return Efficiency(step, loss, fit_power_law(step, loss), p95, p99, sei)
+    return Efficiency(step, loss, *fit_power_law(step, loss), p95, p99, sei)
 
 
 def plot_sample_efficiency(fits, folder):
@@ -398,7 +400,7 @@ def plot_sample_efficiency(fits, folder):
     for i, (run, e) in enumerate(fits):
         colour = f"C{i}"
         a, b, c = e.law
-        label = f"{run.name}: {a:.2f} + {b:.3g} s^-{c:.2f}, SEI {e.sei:.3f}"
+        label = f"{run.name}: {a:.2f} + {b:.3g} s^-{c:.2f}, R² {e.r2:.3f}, SEI {e.sei:.3f}"
         active = slice(e.p95, e.p99 + 1)
         ax.plot(e.step, e.loss, colour, label=label)
         ax.plot(e.step, a + b * e.step**-c, "--", color=colour)
@@ -543,27 +545,45 @@ def interval(differences):
     """Half the width of the 95% interval of the mean of n differences (n, ...); NaN for n = 1."""
     n = len(differences)
     if n < 2:
-        return differences[0] * math.nan
-    return student_t(0.95, n - 1) * differences.std(axis=0, ddof=1) / math.sqrt(n)
+        return scatter(differences)
+    return student_t(0.95, n - 1) * scatter(differences) / math.sqrt(n)
+
+
+def scatter(values):
+    """The standard deviation of n values (n, ...), estimated from them; NaN for n = 1."""
+    if len(values) < 2:
+        return values[0] * math.nan
+    return np.std(values, axis=0, ddof=1)
+
+
+def reached_at(runs, target):
+    """The first validated step at which the mean of these runs is at a loss or below, or NaN."""
+    steps, losses = curves(runs)
+    reached = steps[losses.mean(axis=0) <= target + 1e-9]  # the sums were rounded
+    return reached[0] if len(reached) else math.nan
 
 
 def print_comparison(groups, first):
     """A line for each group {seed: Run}: its mean and its difference to the first, seed by seed."""
     width = max(map(len, groups))
-    print("\nFinal validation loss: mean of the seeds, and difference to the first group, seed by "
-          "seed, with its 95% interval")
-    print(f"{'group':{width}}  seeds  parameters  tokens/s    loss  difference         pairs")
+    target = np.mean([run.final for run in first.values()])
+    print("\nFinal validation loss: mean and scatter (sd) of the seeds; difference to the first "
+          "group, seed by seed,\nwith its 95% interval and its scatter; the first validation at "
+          "which the mean has reached the first group's final loss")
+    print(f"{'group':{width}}  seeds  parameters  tokens/s    loss      sd  "
+          "difference         pairs      sd  reached at")
     for label, group in groups.items():
         seeds = sorted(first.keys() & group.keys())
         if not seeds:
             raise ValueError(f"{label!r} shares no seed with the first group")
         differences = np.array([group[seed].final - first[seed].final for seed in seeds])
         runs = list(group.values())
-        loss = np.mean([run.final for run in runs])
+        losses = [run.final for run in runs]
         speed = np.median([run.speed for run in runs])
         size = runs[0].settings["parameters"]
-        print(f"{label:{width}}  {len(runs):5}  {size:>10}  {speed:8,.0f}  {loss:.4f}  "
-              f"{differences.mean():+.4f} ± {interval(differences):.4f}  {len(seeds):5}")
+        print(f"{label:{width}}  {len(runs):5}  {size:>10}  {speed:8,.0f}  {np.mean(losses):.4f}  "
+              f"{scatter(losses):.4f}  {differences.mean():+.4f} ± {interval(differences):.4f}  "
+              f"{len(seeds):5}  {scatter(differences):.4f}  {reached_at(runs, target):10,.0f}")
 
 
 def plot_comparison(groups, first, folder):
@@ -616,7 +636,7 @@ def slots_kept(story):
     return kept
 
 
-def memory(model, tokenizer, checkpoint, number=200, longest=1000):
+def count_remembered(model, tokenizer, checkpoint, number=200, longest=1000):
     """Samples stories, and prints how many keep to their words from the beginning to the end.
 
     longest: no story of the grammar has as many tokens, not even in bytes; one that does not end
@@ -681,6 +701,8 @@ def plot_scan(signals, labels, title, folder):
 
 def validation_batches(model, folder, checkpoint):
     """Up to 64 rows of validation data in up to 32 batches: pairs of ids and targets (B, T).
+
+    Labels are left out: a model that reads controls reads zeros.
 
     Raises ValueError where the data do not fit the checkpoint."""
     meta = prepare.read_meta(folder)
@@ -776,7 +798,7 @@ def parse_arguments():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = lambda message: sys.exit(fail(message))
+    parser.error = lambda message: sys.exit(complain(message))
     add = parser.add_argument
     add("log", nargs="*", metavar="LOG", help="training logs (default: out/training.log)")
     add("--compare", action="store_true",
@@ -800,7 +822,7 @@ def look_into(args):
     title = f"{args.ckpt} step={checkpoint.get('step')} {joined(checkpoint.get('settings', {}))}"
     print(title)
     if args.memory:
-        memory(model, tokenizer, checkpoint)
+        count_remembered(model, tokenizer, checkpoint)
     if not model.controller and (args.audit or args.scan is not None):
         raise ValueError(f"{args.ckpt} was trained with --signals none: it has no controller")
     if args.scan is not None:

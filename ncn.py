@@ -178,14 +178,14 @@ class Controller(nn.Module):
         `causal`: position t sees tokens 0..t, and what a memory has read before. `global`: every
         position sees all tokens but padding, where real (B, T), bool, is false -> (B, 1, d).
         `reactive`: position t sees its own token."""
-        w_query, w_key, w_value = self.in_proj.weight.chunk(3)  # (d, d) each
-        b_query, b_key, b_value = self.in_proj.bias.chunk(3)
-        v = F.linear(x, w_value, b_value)  # (B, T, d)
+        d = x.size(-1)
+        weight = self.in_proj.weight
+        bias = self.in_proj.bias
+        k, v = F.linear(x, weight[d:], bias[d:]).chunk(2, dim=-1)  # (B, T, d) each
         if salience == "reactive":  # a softmax over a single token is 1: the value is the answer
             return self.out_proj(v)
-        q = heads(F.linear(self.query, w_query, b_query)[None], self.ncn_heads)  # (1, h, 1, e)
-        k = heads(F.linear(x, w_key, b_key), self.ncn_heads)  # (B, h, T, e)
-        v = heads(v, self.ncn_heads)
+        q = F.linear(self.query, weight[:d], bias[:d])[None]  # (1, 1, d)
+        q, k, v = (heads(y, self.ncn_heads) for y in (q, k, v))  # (1, h, 1, e), (B, h, T, e) twice
         asking = 1 if salience == "global" else x.size(1)  # `global` asks once for all positions
         # Contiguous, because the backward pass of bf16 attention on a CPU takes 500 times as long
         # for a query that was only expanded.
@@ -246,7 +246,7 @@ class Block(nn.Module):
 
     def attention(self, x, precision=None, memory=None):
         """x (B, T, d), precision (B, T, 1) -> (B, T, d)."""
-        q, k, v = (heads(y, self.n_head) for y in self.qkv(x).chunk(3, dim=-1))  # (B, h, T, e) each
+        q, k, v = heads(self.qkv(x), 3 * self.n_head).chunk(3, dim=1)  # (B, h, T, e) each
         if precision is not None:  # it sharpens or flattens; keys stay, so that they can be cached
             q = q * precision[:, None].to(q.dtype)  # Eq. 8
         if memory is None:

@@ -572,16 +572,17 @@ def places_of(rows, bucket):
     return rows[:, :1] + np.arange(math.ceil(rows[:, 1].max() / bucket) * bucket)
 
 
-def windows(tokens, rows, end=None, bucket=1):
+def windows(tokens, rows, bucket=1):
     """Inputs and targets of `rows` (B, 2), see rows_of: (B, T) int64 each, with T the largest
     number of targets, rounded up to a multiple of `bucket`.
-    A shorter row is padded: inputs with `end` (default: the last token, which is END), targets with
-    -1, which carries no loss."""
+    A shorter row is padded: inputs with the last token, which is END, targets with -1, which
+    carries no loss."""
     places = places_of(rows, bucket)
     x = tokens[places % len(tokens)].astype(np.int64)
     y = tokens[(places + 1) % len(tokens)].astype(np.int64)
-    padding = places >= rows.sum(1, keepdims=True)
-    x[padding] = tokens[-1] if end is None else end
+    stops = rows[:, :1] + rows[:, 1:]
+    padding = places >= stops
+    x[padding] = tokens[-1]
     y[padding] = -1
     return x, y
 
@@ -597,7 +598,7 @@ def control_windows(labels, rows, bucket=1):
 
 
 # ---- The command line ----------------------------------------------------------------------------
-def fail(error):
+def complain(error):
     """Says in one line on standard error what is wrong. Returns the exit status of bad input."""
     lines = str(error).splitlines() or ["not enough memory"]        # a MemoryError says nothing
     print(f"{Path(sys.argv[0]).name}: {lines[0]}", file=sys.stderr)
@@ -629,7 +630,7 @@ def command(main):
             outside = "OutOfMemory|out of memory|allocate memory|^Dist|[Cc]onnect|[Tt]imed out"
             if isinstance(error, RuntimeError) and not re.search(outside, repr(error)):
                 raise
-            return fail(error)
+            return complain(error)
     return run
 
 
@@ -647,7 +648,7 @@ def locked(folder, program):
 def read_arguments():
     """The command line, checked. Raises ValueError."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: sys.exit(fail(message))
+    parser.error = lambda message: sys.exit(complain(message))
     add = parser.add_argument
     add("input", nargs="*",
         help=f"UTF-8 text files (stories separated by {END}; each may begin with a line "
@@ -690,7 +691,8 @@ def main():
             if args.input:
                 raise ConnectionError(f"{error}; with no network, prepare text files with "
                                       "--tokenizer bytes") from None
-            fail(f"NO NETWORK, SO THESE ARE THE BUILT-IN DEMO STORIES, NOT TINYSTORIES: {error}")
+            complain("NO NETWORK, SO THESE ARE THE BUILT-IN DEMO STORIES, NOT TINYSTORIES: "
+                     f"{error}")
             args.vocab = None
             meta = prepare(["demo"], args)
     print(f"{args.out}: {meta['train_stories']:,} stories ({meta['train_tokens']:,} tokens) to "
@@ -701,8 +703,8 @@ def main():
               f"{meta['entropy_nats_per_token']:.4f} nats per token.")
     share = meta["val_tokens"] / (meta["train_tokens"] + meta["val_tokens"])
     if not 0.5 < share / args.val_fraction < 2:
-        fail(f"{share:.1%} of the tokens are to validate on, not {args.val_fraction:.1%}: stories "
-             f"stay whole, and these are few or long; separate them by {END}")
+        complain(f"{share:.1%} of the tokens are to validate on, not {args.val_fraction:.1%}: "
+                 f"stories stay whole, and these are few or long; separate them by {END}")
 
 
 if __name__ == "__main__":

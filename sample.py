@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from kernels import DEVICE_HELP, DEVICES, pick_device
 from ncn import SIGNALS, Memory, ModulatedLM, load_file
-from prepare import command, fail, prompt_tokens, tokenizer_of
+from prepare import command, complain, prompt_tokens, tokenizer_of
 
 
 # ---- Drawing a token ---------------------------------------------------------------------------
@@ -35,7 +35,9 @@ def draw(logits, uniform, temperature=0.8, top_k=50, top_p=1.0):
     if temperature == 0:
         return logits.argmax(-1)
     n = logits.size(-1)
-    likeliest, tokens = logits.topk(min(top_k or n, n))  # (B, k), falling
+    if 0 < top_k < n:
+        n = top_k
+    likeliest, tokens = logits.topk(n)  # (B, k), falling
     p = (likeliest.float() / max(temperature, 1e-30)).softmax(-1)
     if top_p < 1:
         before = p.cumsum(-1) - p
@@ -56,21 +58,22 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight, bias=None, parts=16):
         super().__init__()
-        n_out = len(weight)
-        width = math.ceil(n_out / (16 * parts)) * 16  # outputs in a part: a multiple of 16
-        parts = math.ceil(n_out / width)
-        filled = F.pad(weight.detach(), (0, 0, 0, parts * width - n_out))
-        self.packed = filled.unflatten(0, (parts, width)).mT.contiguous()  # (parts, in, width)
-        self.weight = weight
+        self.weight = weight  # (out, in); this and the bias are for who reads them
         self.bias = bias
+        self.n_out = len(weight)
+        width = math.ceil(self.n_out / (16 * parts)) * 16  # outputs in a part: a multiple of 16
+        parts = math.ceil(self.n_out / width)
+        padding = (0, parts * width - self.n_out)
+        filled = F.pad(weight.detach(), (0, 0, *padding))
+        self.packed = filled.unflatten(0, (parts, width)).mT.contiguous()  # (parts, in, width)
+        if bias is None:
+            bias = weight.new_zeros(self.n_out)
+        self.packed_bias = F.pad(bias.detach(), padding).view(parts, 1, width)
 
     def forward(self, x):
-        rows = x.flatten(0, -2)  # (N, in)
-        y = torch.bmm(rows.expand(len(self.packed), -1, -1), self.packed)  # (parts, N, width)
-        y = y.transpose(0, 1).flatten(1)[:, : len(self.weight)]  # (N, out)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.view(*x.shape[:-1], -1)
+        rows = x.reshape(1, -1, x.size(-1)).expand(len(self.packed), -1, -1)  # (parts, N, in)
+        y = torch.baddbmm(self.packed_bias, rows, self.packed)  # (parts, N, width)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], -1)[..., : self.n_out]
 
 
 def for_generation(model):
@@ -265,8 +268,11 @@ def trace_levels(memory, signal, layer):
 
 
 def colours_are_shown():
-    """Whether standard output is a terminal, and nobody asked it to do without colours."""
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    """Whether standard output is a terminal with colours, and nobody asked to do without them."""
+    if os.name == "nt":
+        os.system("")  # makes an older console understand colour codes
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain
 
 
 def load_model(path, device):
@@ -292,7 +298,7 @@ def control_numbers(text):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0],
                                      usage="%(prog)s --prompt TEXT [flags]", allow_abbrev=False)
-    parser.error = lambda message: sys.exit(fail(message))
+    parser.error = lambda message: sys.exit(complain(message))
     add = parser.add_argument_group("the text").add_argument
     default = " (default: %(default)s)"
     add("--prompt", metavar="TEXT", required=True,
@@ -340,6 +346,8 @@ def check_arguments(args, model, content):
     if args.layer is not None and not 0 <= args.layer < model.config.n_layer:
         raise ValueError(f"--layer is {args.layer}, the model has layers 0 to "
                          f"{model.config.n_layer - 1}")
+    if not all(map(math.isfinite, args.control or [])):
+        raise ValueError("--control must be finite numbers")
     if args.control and len(args.control) != model.config.n_control:
         names = ", ".join(content["data"].get("controls", ())) or "none"
         raise ValueError(f"--control has {len(args.control)} numbers, {args.ckpt} takes "

@@ -24,7 +24,6 @@ import signal
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -37,13 +36,14 @@ import kernels
 import prepare
 from kernels import DEVICE_HELP, DEVICES, pick_device
 from ncn import SALIENCE, ModulatedLM, NCNConfig, load_file
-from prepare import command, control_windows, fail, read_labels, read_meta, read_tokens, windows
+from prepare import command, complain, control_windows, read_labels, read_meta, read_tokens, windows
 from sample import generate
 
 # ---- Settings, each a flag of the same name ----------------------------------------------------
 MODEL = asdict(NCNConfig())  # the paper's sizes are the defaults
 MODEL["signals"] = "gain,precision,gate"
 del MODEL["vocab_size"], MODEL["n_control"]  # the data decide
+FIXED = {*MODEL, "rows", "start"}  # what a resumed run cannot change
 PAPER = MODEL | dict(
     start="neutral", rows="contiguous", batch_size=16, grad_accum=4, max_steps=0, lr=6e-4,
     warmup_steps=100, beta1=0.9, beta2=0.999, weight_decay=0.1, grad_clip=1.0, eval_interval=500,
@@ -98,7 +98,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage="%(prog)s [flags]",
                                      allow_abbrev=False)
-    parser.error = lambda message: sys.exit(fail(message))
+    parser.error = lambda message: sys.exit(complain(message))
     add = parser.add_argument_group("the run").add_argument
     add("--preset", choices=("auto", "paper", "laptop"), default="auto",
         help="auto: paper with a GPU, laptop without")
@@ -133,8 +133,8 @@ def arguments():
 
 
 def settings_of(args, on_gpu, saved=None):
-    """-> the run's settings: a preset, or those saved in a checkpoint, overridden by the flags; and
-    notes on them, lines for the log. Raises ValueError."""
+    """-> the run's settings: a preset, or those of the checkpoint `saved`, overridden by the flags;
+    and notes on them, lines for the log. Raises ValueError."""
     given = {name: getattr(args, name) for name in PAPER if getattr(args, name) is not None}
     preset = args.preset
     if preset == "auto":
@@ -142,14 +142,15 @@ def settings_of(args, on_gpu, saved=None):
     settings = PAPER if preset == "paper" else LAPTOP
     notes = [f"Preset {preset}"]
     if saved:
-        settings = saved
-        changed = [name for name in given if given[name] != saved[name]]
-        notes = [f"--{name} changed from {saved[name]} to {given[name]}: this is no longer the "
-                 "uninterrupted run" for name in changed]
-        fixed = [name for name in changed if name in {*MODEL, "rows", "start"}]
-        if fixed:
-            raise ValueError(f"--resume cannot change the model: --{fixed[0]} was "
-                             f"{saved[fixed[0]]}")
+        settings = saved["settings"]
+        notes = []
+        for name, value in given.items():
+            if value == settings[name]:
+                continue
+            if name in FIXED:
+                raise ValueError(f"--resume cannot change the model: --{name} was {settings[name]}")
+            notes.append(f"--{name} changed from {settings[name]} to {value}: this is no longer "
+                         "the uninterrupted run")
     settings = settings | given
     for name in ("batch_size", "grad_accum", "log_interval", "eval_interval", "val_sequences"):
         if settings[name] < 1:
@@ -278,7 +279,7 @@ def to_device(run, array):
 def fetch(run, split, rows):
     """Rows (B, 2) -> inputs and targets (B, T) int64, targets of -1 where a row is padded, and
     the control (B, T, n_control) float32 or None; on the device."""
-    x, y = windows(split.tokens, rows, run.meta["vocab_size"] - 1, run.bucket)
+    x, y = windows(split.tokens, rows, run.bucket)
     control = control_windows(split.labels, rows, run.bucket)
     if control is not None:
         control = to_device(run, control)
@@ -312,9 +313,9 @@ class Run:
     dtype: str  # of DTYPES
     records: bool  # whether micro-batches are recorded as CUDA graphs
     bucket: int  # rows are padded to a multiple of so many tokens
-    meta: dict | None = None  # of the data, see prepare.py
-    train: Split | None = None
-    val: Split | None = None
+    meta: dict  # of the data, see prepare.py
+    train: Split
+    val: Split
     step: int = 0  # whole steps done
     best: float = math.inf  # the lowest validation loss, nats per token
 
@@ -348,8 +349,8 @@ def seconds(work):
     return time.perf_counter() - start
 
 
-def make_run(args, settings, model, device, dtype):
-    """A run of this model at step 0, without data."""
+def make_run(args, settings, model, device, dtype, meta, train, val):
+    """A run of this model on these data, at step 0."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -367,19 +368,21 @@ def make_run(args, settings, model, device, dtype):
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # eight lengths, to train and to validate
         model.compile(dynamic=False)
-    return Run(settings, model, optimizer, scaler, device, dtype, records, bucket)
+    return Run(
+        settings, model, optimizer, scaler, device, dtype, records, bucket, meta, train, val)
 
 
-def new_model(args, s, config, meta, labels, content):
-    """The model of a new run: with the weights of a checkpoint's content, or drawn by its seed."""
-    if content is not None:
-        model = ModulatedLM.from_checkpoint(content, args.init)
-        of_checkpoint = identity(model.config, content.get("data", {"tokenizer": "gpt2"}))
+def new_model(args, s, config, meta, labels, initial):
+    """The model of a new run: with the weights of the checkpoint `initial`, or by its seed."""
+    model = ModulatedLM(config)
+    if initial is not None:
+        other = ModulatedLM.from_checkpoint(initial, args.init)
+        of_checkpoint = identity(other.config, initial.get("data", {"tokenizer": "gpt2"}))
         for name, wanted in identity(config, meta).items():
             if of_checkpoint[name] != wanted:
                 raise ValueError(f"--init {args.init} is another model: it has another {name}")
+        model.load_state_dict(other.state_dict())
         return model
-    model = ModulatedLM(config)
     if model.controller and s["start"] == "zero":
         torch.nn.init.zeros_(model.controller.layer2.bias)
     if labels is not None:
@@ -391,60 +394,61 @@ def new_model(args, s, config, meta, labels, content):
 
 def identity(config, meta):
     """What two models must share, if one is to go on with the other's weights."""
-    return asdict(config) | {"tokenizer": meta["tokenizer"], "words": meta.get("vocabulary")}
+    sizes = asdict(config)
+    del sizes["dropout"], sizes["homeostatic_lambda"]
+    return sizes | {"tokenizer": meta["tokenizer"], "words": meta.get("vocabulary")}
 
 
 def read_start(args):
-    """What a run starts from: the content of a checkpoint or None, whether it is to be resumed, and
-    the data's metadata. Raises ValueError, OSError."""
+    """-> the data's metadata; the checkpoint to resume, or None; that of --init, or None.
+
+    Raises ValueError, OSError."""
     latest = os.path.join(args.out, "ckpt_latest.pt")
     meta = read_meta(args.data)
     if not (args.resume and os.path.exists(latest)):
-        return load_file(args.init) if args.init else None, False, meta
-    content = load_file(latest)
-    if "optimizer" not in content:
+        initial = load_file(args.init) if args.init else None
+        return meta, None, initial
+    saved = load_file(latest)
+    if "optimizer" not in saved:
         raise ValueError(f"{latest} was not written by train.py: it cannot be resumed")
-    if not prepare.same_data(content["data"], meta):
+    if not prepare.same_data(saved["data"], meta):
         raise ValueError(f"{args.data} is not the data that {latest} began with")
-    return content, True, meta
+    return meta, saved, None
 
 
 def start_or_resume(args, device):
-    """-> the run that the flags ask for, whether it is resumed, and notes for its log.
+    """-> the run that the flags ask for, and notes for its log.
 
     Raises ValueError, OSError."""
-    content, resumes, meta = from_rank_0(lambda: read_start(args))
-    s, notes = settings_of(args, device.type == "cuda", content["settings"] if resumes else None)
-    if args.resume and not resumes:
+    meta, saved, initial = from_rank_0(lambda: read_start(args))
+    s, notes = settings_of(args, device.type == "cuda", saved)
+    if args.resume and saved is None:
         notes.append(f"Nothing to resume in {args.out}: this run begins")
     config = config_of(s, meta["vocab_size"], len(meta.get("controls", ())))
     train = read_split(args, "train", meta, s)
     val = read_split(args, "val", meta, s)
     check_rows(args, s, train, val)
     torch.manual_seed(s["seed"])
-    if resumes:
-        model = ModulatedLM.from_checkpoint(content, args.out)
+    if saved is None:
+        model = new_model(args, s, config, meta, train.labels, initial)
     else:
-        model = new_model(args, s, config, meta, train.labels, content)
+        model = ModulatedLM.from_checkpoint(saved, args.out)
     dtype, why = args.dtype, "as --dtype says"
-    if dtype == "auto" and resumes:
-        dtype, why = content["dtype"], "as the run began"
+    if dtype == "auto" and saved:
+        dtype, why = saved["dtype"], "as the run began"
     elif dtype == "auto":
         dtype, why = from_rank_0(lambda: choose_dtype(device, config))
     notes.append(f"{dtype}: {why}")
-    run = make_run(args, s, model, device, dtype)
-    run.meta = meta
-    run.train = train
-    run.val = val
-    if resumes:
+    run = make_run(args, s, model, device, dtype, meta, train, val)
+    if saved:
         # The moments alone: betas and weight decay are the flags'.
-        moments = {"state": content["optimizer"]["state"]}
+        moments = {"state": saved["optimizer"]["state"]}
         run.optimizer.load_state_dict(run.optimizer.state_dict() | moments)
-        if content["dtype"] == dtype:
-            run.scaler.load_state_dict(content["scaler"])
-        run.step = content["step"]
-        run.best = content["best"]
-    return run, resumes, notes
+        if saved["dtype"] == dtype:
+            run.scaler.load_state_dict(saved["scaler"])
+        run.step = saved["step"]
+        run.best = saved["best"]
+    return run, notes
 
 
 def check_rows(args, s, train, val):
@@ -478,23 +482,6 @@ def micro_batch(run, x, y, share, control=None):
     return torch.stack([loss.task, loss.homeostatic]).detach() * share
 
 
-def micro_batches(run):
-    """Yields this process's micro-batches without end: (number, batch). A thread makes the next one
-    while this one is computed. It must select the GPU itself, or it would pin memory by GPU 0."""
-    def set_device():
-        if run.device.type == "cuda":
-            torch.cuda.set_device(run.device)
-
-    number = run.step * run.settings["grad_accum"] + RANK
-    with ThreadPoolExecutor(1, initializer=set_device) as thread:
-        ahead = thread.submit(batch, run, number)
-        while True:
-            ready = ahead.result()
-            ahead = thread.submit(batch, run, number + WORLD)
-            yield number, ready
-            number += WORLD
-
-
 def recorded(run):
     """micro_batch of this run as CUDA graphs: a thousand small kernels launched at once, since a
     large GPU runs them in less time than Python takes to launch them.
@@ -516,7 +503,7 @@ def recorded(run):
         run.model.zero_grad(set_to_none=False)  # a graph writes where it wrote when recorded
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(run.device)
-        # Thread_local: another thread may pin memory meanwhile.
+        # Thread_local: torch's other threads may allocate meanwhile.
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             losses = micro_batch(run, *inputs)
         graphs[length] = graph, inputs, losses
@@ -560,16 +547,16 @@ def train_steps(run):
     compute = functools.partial(micro_batch, run)
     if run.records:
         compute = recorded(run)
-    batches = micro_batches(run)
+    accum = run.settings["grad_accum"]
     while True:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step + 1, run.settings)
         losses = torch.zeros(2, device=run.device)
-        for _ in range(run.settings["grad_accum"] // WORLD):
-            number, inputs = next(batches)
+        first = run.step * accum
+        for number in range(first + RANK, first + accum, WORLD):  # this process's micro-batches
             seed = np.random.SeedSequence((run.settings["seed"], number)).generate_state(1)[0]
             torch.manual_seed(int(seed))  # of the dropout
-            losses += compute(*inputs)
+            losses += compute(*batch(run, number))
         norm = update(run)
         run.step += 1
         yield losses, norm
@@ -724,12 +711,12 @@ def describe(args, run, notes):
 # ---- The loop ----------------------------------------------------------------------------------
 def train(args, device):
     """Trains from the first step, or that of a checkpoint, to the last."""
-    run, resumes, notes = start_or_resume(args, device)
+    run, notes = start_or_resume(args, device)
     stop = StopSign()
     with contextlib.ExitStack() as stack:
         if RANK == 0:
             stack.enter_context(prepare.locked(args.out, "training"))
-            open_log(args, resumes)
+            open_log(args, resumes=run.step > 0)
             stack.enter_context(logging_redirect_tqdm([log]))
         describe(args, run, notes)
         try:
@@ -790,6 +777,7 @@ def bench(args, device):
     size = (s["batch_size"] + 1) * s["block_size"]
     tokens = np.random.default_rng(0).integers(vocab_size, size=size)
     rows = prepare.rows_of(tokens, s["block_size"])
+    data = Split(tokens, None, rows)
     dtype = args.dtype
     if dtype == "auto":
         dtype, _ = choose_dtype(device, config_of(s, vocab_size))
@@ -797,9 +785,7 @@ def bench(args, device):
     peaks = []  # of memory, in bytes; the second holds both models
     for name, signals in (("with the controller", s["signals"]), ("--signals none", "none")):
         config = config_of(s | {"signals": signals}, vocab_size)
-        run = make_run(args, s, ModulatedLM(config), device, dtype)
-        run.meta = {"vocab_size": vocab_size}
-        run.train = Split(tokens, None, rows)
+        run = make_run(args, s, ModulatedLM(config), device, dtype, {}, data, data)
         steps[name] = train_steps(run)
         next(steps[name])  # what is allocated or compiled at first use
         peaks.append(kernels.peak_memory(device))
