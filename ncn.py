@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import actuate, linear_cross_entropy, modulate, rms_norm, write_cache
 
 SIGNALS = ("gain", "precision", "gate")
-SALIENCE = ("causal", "global", "reactive", "constant")
+SALIENCE = ("causal", "global", "reactive", "token", "constant")
 
 
 # ---- Config ------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class NCNConfig:
     ncn_heads: int = 2  # heads of the controller's salience pooling
     homeostatic_lambda: float = 0.01  # weight of the price for signals away from 1 (Eq. 18)
     signals: tuple = SIGNALS  # those the controller drives; (): the plain, "static" Transformer
-    salience: str = "causal"  # or global, reactive, constant: what the pooling sees
+    salience: str = "causal"  # or global, reactive, token, constant: what the controller sees
     n_control: int = 0  # numbers the controller reads beside the text: a task, a metric, a slider
     n_ffn: int = 0  # hidden width of the FFN; 0: 4 n_embd
 
@@ -129,9 +129,11 @@ class Controller(nn.Module):
         d = config.n_embd
         self.n_layer = config.n_layer
         self.ncn_heads = config.ncn_heads
-        self.query = nn.Parameter(torch.empty(1, d))  # learned, the "top-down attentional set"
-        self.in_proj = nn.Linear(d, 3 * d)  # query, key, value of a standard multi-head attention
-        self.out_proj = nn.Linear(d, d)
+        self.pools = config.salience not in ("token", "constant")
+        if self.pools:
+            self.query = nn.Parameter(torch.empty(1, d))  # learned, the "top-down attentional set"
+            self.in_proj = nn.Linear(d, 3 * d)  # query, key, value of a multi-head attention
+            self.out_proj = nn.Linear(d, d)
         self.control = None
         if config.n_control:
             self.control = nn.Linear(config.n_control, d, bias=False)  # section 3.2
@@ -158,6 +160,10 @@ class Controller(nn.Module):
         check_salience(salience)
         if salience == "constant":  # the MLP reads nothing: three learned numbers per layer
             u = x.new_zeros(1, 1, x.size(-1))
+        elif salience == "token":  # no context, c = 0: the slimmest controller that moves
+            u = x
+        elif not self.pools:
+            raise ValueError(f"this model has no salience pooling, so it cannot be {salience}")
         else:
             u = self.context(x, salience, memory, real) + x  # Eq. 2, Eq. 13: (B, T, d)
         if control is not None:
@@ -367,13 +373,15 @@ class ModulatedLM(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() > 1:
-                std = p.size(1) ** -0.5  # keeps the variance; the tied embedding has the head's
+                usual = 4 * self.config.n_embd  # inputs at most: wider is only a wider FFN
+                std = min(p.size(1), usual) ** -0.5  # keeps the variance; embed has the head's
                 if name.endswith(("attn_out.weight", "ffn_out.weight")):  # as GPT-2, for any depth
                     std /= math.sqrt(2 * self.config.n_layer)
                 # A generator of its own, named after the matrix: whatever a variant adds, the
                 # other matrices stay the same.
                 own = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-                nn.init.normal_(p, std=std, generator=own)
+                for columns in p.split(usual, dim=1):  # a wider FFN has the same first units
+                    columns.data.copy_(std * torch.randn(columns.shape, generator=own))
         # Position embeddings are learned, but start as sinusoids (Vaswani et al. 2017) of the same
         # size: "the token before" is then one rotation for all positions. On the demo stories that
         # saves a tenth of the steps.

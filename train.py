@@ -46,8 +46,8 @@ del MODEL["vocab_size"], MODEL["n_control"]  # the data decide
 FIXED = {*MODEL, "rows", "start"}  # what a resumed run cannot change
 PAPER = MODEL | dict(
     start="neutral", rows="contiguous", batch_size=16, grad_accum=4, max_steps=0, lr=6e-4,
-    warmup_steps=100, beta1=0.9, beta2=0.999, weight_decay=0.1, grad_clip=1.0, eval_interval=500,
-    val_sequences=3200, log_interval=20, seed=42)
+    embed_lr=0.0, warmup_steps=100, beta1=0.9, beta2=0.999, weight_decay=0.1, grad_clip=1.0,
+    eval_interval=500, val_sequences=3200, log_interval=20, seed=42)
 LAPTOP = PAPER | dict(
     n_layer=3, n_head=4, n_embd=128, ncn_hidden=32, dropout=0.0, rows="aligned", batch_size=4,
     grad_accum=2, max_steps=2000, lr=2e-3, beta2=0.99, eval_interval=100, val_sequences=256,
@@ -58,13 +58,15 @@ HELP = {
         "batch_size": "rows per micro-batch",
         "grad_accum": "micro-batches per optimizer step, over all processes",
         "lr": "peak learning rate; a cosine leads to 0 after the last step",
+        "embed_lr": "the same of the token and position embeddings; 0: as --lr",
         "seed": "of the weights, the data order and the dropout",
         "rows": "contiguous: the text cut every block_size tokens; aligned: a story each, padded",
     },
     "the controller": {
         "signals": "signals the controller drives, with commas; none: the plain Transformer",
         "salience": "what the controller sees: causal (the past), global (the past and the future, "
-                    "as the paper trains), reactive (one token), constant (nothing)",
+                    "as the paper trains), reactive (one token, pooled), token (one token, "
+                    "without pooling), constant (nothing)",
         "homeostatic_lambda": "weight of the price for signals away from 1",
         "start": "of the signals: neutral (1), or zero (the authors': precision 0.70, gate 0.5)",
         "ncn_hidden": "hidden width of the controller",
@@ -351,11 +353,18 @@ def seconds(work):
 
 def make_run(args, settings, model, device, dtype, meta, train, val):
     """A run of this model on these data, at step 0."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() == 1]
+    named = dict(model.named_parameters())
+    embeddings = [named.pop("embed.weight"), named.pop("position.weight")]
+    matrices = [p for p in named.values() if p.dim() > 1]
+    vectors = [p for p in named.values() if p.dim() == 1]
+    lr = settings["lr"]
+    groups = [  # with their peak learning rates
+        {"params": matrices, "peak": lr},
+        {"params": embeddings, "peak": settings["embed_lr"] or lr},
+        {"params": vectors, "peak": lr, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": others, "weight_decay": 0.0}], settings["lr"],
-        (settings["beta1"], settings["beta2"]), weight_decay=settings["weight_decay"],
+        groups, lr, (settings["beta1"], settings["beta2"]), weight_decay=settings["weight_decay"],
         fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     model.to(device).train()
@@ -518,12 +527,13 @@ def recorded(run):
     return replay
 
 
-def learning_rate(step, s):
-    """Of step 1, 2, ..., max_steps: linear warm-up, then a cosine, 0 only after the last step."""
+def schedule(step, s):
+    """The share of the peak learning rate at step 1, 2, ..., max_steps: linear warm-up, then a
+    cosine, 0 only after the last step."""
     if step <= s["warmup_steps"]:
-        return s["lr"] * step / s["warmup_steps"]
+        return step / s["warmup_steps"]
     progress = (step - s["warmup_steps"]) / (s["max_steps"] + 1 - s["warmup_steps"])
-    return s["lr"] * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def update(run):
@@ -550,7 +560,7 @@ def train_steps(run):
     accum = run.settings["grad_accum"]
     while True:
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(run.step + 1, run.settings)
+            group["lr"] = group["peak"] * schedule(run.step + 1, run.settings)
         losses = torch.zeros(2, device=run.device)
         first = run.step * accum
         for number in range(first + RANK, first + accum, WORLD):  # this process's micro-batches
