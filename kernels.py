@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
-LOGIT_BYTES = 1 << 26  # bytes of logits that linear_cross_entropy holds at a time
+LOGIT_BYTES = 1 << 26  # bytes of logits that linear_cross_entropy holds at a time, at least
 
 
 # ---- The five functions --------------------------------------------------------------------------
@@ -257,9 +257,13 @@ def _has_tensor_cores(x):
 
 
 def _rows_per_chunk(h, weight):
-    """Tokens per chunk: LOGIT_BYTES of logits. Few are slow: the weight and its gradient pass
-    through memory once per chunk."""
-    rows = LOGIT_BYTES // (len(weight) * h.itemsize)
+    """Tokens per chunk: LOGIT_BYTES of logits, on a GPU at least 1/128 of its memory. Few are slow:
+    they fill a part of a large GPU, and the weight and its gradient pass through memory once per
+    chunk."""
+    held = LOGIT_BYTES
+    if h.is_cuda:
+        held = max(held, _properties(h.device).total_memory // 128)
+    rows = held // (len(weight) * h.itemsize)
     rows = max(1, min(len(h), rows))
     if _has_tensor_cores(h) and rows > 128:
         rows -= rows % 128
@@ -495,11 +499,13 @@ def _ceil_div(a, b):
     return -(-a // b)
 
 
-@functools.cache
+_properties = functools.cache(torch.cuda.get_device_properties)  # of a GPU
+
+
 def _processors(device):
     if device.type != "cuda":
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _properties(device).multi_processor_count
 
 
 def _blocks(x, work, threads, per_processor=32):

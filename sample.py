@@ -226,6 +226,23 @@ class Row:
         self.waiting = []
 
 
+def read_late(tokens):
+    """Yields a GPU's tokens (B,) on the host, each when the next one was asked for: the GPU does
+    not wait until Python has written a word."""
+    earlier = None
+    for drawn in tokens:
+        copy = drawn.to("cpu", non_blocking=True)  # into pinned memory
+        copied = torch.cuda.Event()
+        copied.record()
+        if earlier:
+            earlier[1].synchronize()
+            yield earlier[0]
+        earlier = copy, copied
+    if earlier:
+        earlier[1].synchronize()
+        yield earlier[0]
+
+
 def write(tokens, rows, levels=None):
     """Writes the samples to standard output, the first one word by word as it comes.
 
@@ -380,6 +397,8 @@ def main():
     start = time.perf_counter()
     tokens = stream(model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                     args.seed, args.salience, edit, tokenizer.eot_token, control, memory)
+    if device.type == "cuda" and levels is None:  # a trace wants the signals of this very step
+        tokens = read_late(tokens)
     write(tokens, rows, levels)
     seconds = time.perf_counter() - start
     count = sum(row.count for row in rows)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import functools
 import http.server
 import io
@@ -33,6 +34,8 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import analyze
 import kernels
@@ -606,6 +609,15 @@ def test_linear_cross_entropy(dtype, backend, monkeypatch, poison):
     nothing.backward()
     assert nothing.item() == 0
     assert not inputs[1].grad.any()
+
+
+def test_linear_cross_entropy_takes_larger_chunks_on_a_large_gpu(monkeypatch):
+    gpu = SimpleNamespace(total_memory=128 << 30)
+    monkeypatch.setattr(kernels, "_properties", lambda device: gpu)
+    h = mock.MagicMock(is_cuda=True, itemsize=2)
+    h.__len__.return_value = 100_000
+    rows = kernels._rows_per_chunk(h, torch.empty(50304, 1))
+    assert rows == (1 << 30) // (50304 * 2) // 128 * 128
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -1198,6 +1210,20 @@ def test_rows_are_independent():
     assert torch.equal(ended[:, 4:], torch.where(has_ended, end, new))
     assert ended.size(1) == 44  # some rows have not ended
     assert generate(model, prompt, 40, 3.0, seed=7, end_token=end).size(1) <= 15
+
+
+def test_a_gpu_makes_the_next_token_before_one_is_read(monkeypatch):
+    order = []
+
+    def drawn():
+        for i in range(3):
+            order.append(f"drawn {i}")
+            yield torch.tensor([i])
+
+    monkeypatch.setattr(torch.cuda, "Event", mock.Mock())
+    for tokens_read in sample.read_late(drawn()):
+        order.append(tokens_read.item())
+    assert order == ["drawn 0", "drawn 1", 0, "drawn 2", 1, 2]
 
 
 @pytest.mark.cuda
@@ -2170,6 +2196,60 @@ def test_train_gradients_of_two_processes_are_those_of_ddp(demo, tmp_path):
     assert fork_two(compare_with_ddp, demo, tmp_path) == [0, 0]
 
 
+class Tape(TorchDispatchMode):
+    """Stands in for a CUDA graph: notes operations, and does them again on the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.notes = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        self.notes.append((operation, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, args, kwargs, out in self.notes:
+            again = operation(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+
+
+def take(tape, *_, **__):
+    return tape
+
+
+def refuse(*_, **__):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def record_there(rank, world, port, data, out, flags, graph=take):
+    """train_there with recorded steps, on a CPU."""
+    def make_run(*args, make=training.make_run):
+        return dataclasses.replace(make(*args), records=True, bucket=16)
+
+    fakes = dict(CUDAGraph=Tape, Stream=mock.Mock(), graph_pool_handle=mock.Mock(), graph=graph)
+    with mock.patch.multiple(torch.cuda, **fakes):
+        with mock.patch.object(training, "make_run", make_run):
+            train_there(rank, world, port, data, out, flags)
+
+
+@pytest.mark.parametrize("rows", ["contiguous", "aligned"])
+def test_train_processes_replay_recorded_steps(demo, tmp_path, rows):
+    flags = f"--rows {rows}"
+    assert train_here(demo, tmp_path / "launched", flags) == 0
+    assert fork_two(record_there, demo, tmp_path / "recorded", flags) == [0, 0]
+    assert_same_run(tmp_path / "recorded", tmp_path / "launched", atol=6e-8)
+
+
+def test_train_goes_on_launched_where_recording_fails(demo, whole, tmp_path):
+    assert status_of(fork(record_there, 0, 1, 0, demo, tmp_path, "", refuse)) == 0
+    assert "Not recorded, so launched kernel by kernel: operation" in log_of(tmp_path)
+    assert_same_run(tmp_path, whole, atol=1e-6)
+
+
 def test_train_signals_to_a_process_stop_all(demo, two, tmp_path):
     """In the same step, saved once; torchrun passes on what a scheduler has sent already."""
     stop = functools.partial(send, [signal.SIGTERM, signal.SIGTERM])
@@ -2324,14 +2404,18 @@ def test_train_variants(demo, tmp_path, flags):
     assert (model.controller is None) == ("none" in flags)
 
 
-@pytest.mark.parametrize("vocab_size, gain, dtype", [
-    (8192, 3, "bf16"), (8192, 1.2, "fp32"), (567, 3, "fp32")])
-def test_train_dtype_is_chosen_by_the_model_and_the_cpu(monkeypatch, vocab_size, gain, dtype):
-    """bf16 where its products are faster, and the model is large enough to gain from it."""
+@pytest.mark.parametrize("device, vocab_size, gain, dtype", [
+    ("cpu", 8192, 3, "bf16"), ("cpu", 8192, 1.2, "fp32"), ("cpu", 567, 3, "fp32"),
+    ("cuda", 567, 3, "fp16"), ("cuda", 567, 1.2, "fp32")])
+def test_train_dtype_is_chosen_by_measuring(monkeypatch, device, vocab_size, gain, dtype):
+    """Half precision where its products are faster; on a CPU, where the model is large, too."""
     config = NCNConfig(vocab_size=vocab_size, n_layer=3, n_head=4, n_embd=128)
     times = iter([gain] * 6 + [1] * 6)
+    matrix = torch.ones(2, 2)
     monkeypatch.setattr(training, "seconds", lambda work: next(times))
-    assert training.choose_dtype(torch.device("cpu"), config)[0] == dtype
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: matrix)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert training.choose_dtype(torch.device(device), config)[0] == dtype
 
 
 def test_train_bench_prints_its_table(demo, tmp_path, capsys):

@@ -129,6 +129,9 @@ def arguments():
     add("--checkpoint_blocks", action="store_true",
         help="keep each block's input alone: less memory, more work")
     add("--compile", action="store_true", help="torch.compile the model: minutes to start")
+    add("--no_record", action="store_true",
+        help="on a GPU, launch each step's kernels one by one: slower; a model with .item() in it "
+             "cannot be recorded")
     add("--bench", action="store_true",
         help="train nothing: time steps with and without the controller")
     return parser.parse_args()
@@ -324,22 +327,26 @@ class Run:
 
 def choose_dtype(device, config):
     """The name of the fastest safe dtype for such a model on this device, and why."""
+    if device.type == "mps":
+        return "fp32", "the safe choice, untried like all of mps"
+    half = "bf16"
+    size = 256
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU has bf16 units"
-        return "fp16", "this GPU has no bf16 units; losses are scaled"
-    if device.type == "mps":
-        return "fp32", "the safe choice, untried like all of mps"
+        half = "fp16"
+        size = 2048
     # A small model's size decides, not a timing, so that runs to be compared use the same dtype.
-    if config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size) < 1.5e6:
+    elif config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size) < 1.5e6:
         return "fp32", "the casts of so small a model cost more than bf16 saves"
-    # For a larger one: has this CPU bf16 units? Without, a product takes up to 100 times as long.
-    a = torch.randn(256, 256)
-    b = a.bfloat16()
+    # Has this device units for it? Without, a CPU's products take up to 100 times as long, and some
+    # GPUs gain nothing.
+    a = torch.randn(size, size, device=device)
+    b = a.to(DTYPES[half])
     fp32 = min(seconds(lambda: a @ a) for _ in range(6))
-    bf16 = min(seconds(lambda: b @ b) for _ in range(6))
-    name = "bf16" if fp32 / bf16 > 1.5 else "fp32"
-    return name, f"bf16 products are {fp32 / bf16:.2g} times as fast on this CPU, measured now"
+    ratio = fp32 / min(seconds(lambda: b @ b) for _ in range(6))
+    name = half if ratio > 1.5 else "fp32"
+    return name, f"{half} products are {ratio:.2g} times as fast here, measured now"
 
 
 def seconds(work):
@@ -370,7 +377,8 @@ def make_run(args, settings, model, device, dtype, meta, train, val):
     model.to(device).train()
     model.checkpoint_blocks = args.checkpoint_blocks
     # Checkpointing restores the random state, which a CUDA graph cannot record.
-    records = device.type == "cuda" and bool(torch.version.cuda) and not args.checkpoint_blocks
+    records = device.type == "cuda" and torch.version.cuda is not None
+    records = records and not (args.checkpoint_blocks or args.no_record)
     bucket = 1  # rows are padded to a multiple of it
     if records or args.compile:  # few lengths: each needs a graph or a compilation of its own
         bucket = math.gcd(64, settings["block_size"])  # no row may exceed block_size
@@ -556,7 +564,12 @@ def train_steps(run):
     and the gradient's norm, tensors: nothing waits for a GPU."""
     compute = functools.partial(micro_batch, run)
     if run.records:
-        compute = recorded(run)
+        try:
+            compute = recorded(run)
+        except RuntimeError as error:
+            log.info(f"Not recorded, so launched kernel by kernel: {str(error).splitlines()[0]}")
+            run.records = False
+            run.optimizer.zero_grad()
     accum = run.settings["grad_accum"]
     while True:
         for group in run.optimizer.param_groups:
