@@ -581,77 +581,89 @@ def load_file(path):
 
 
 # ---- A demonstration: `python ncn.py` ----------------------------------------------------------
-def show_sizes(model, ids):
-    print("1. Parameters at the paper's sizes")
-    total = sum(p.numel() for p in model.parameters())
-    for name, part in model.named_children():
-        count = sum(p.numel() for p in part.parameters())
-        print(f"   {name:12}{count:>12,}{count / total:8.2%}")
-    print(f"   {'all':12}{total:>12,}")
-    print("2. Signals at step 0, mean over layers and tokens")
-    means = model.signals(ids).mean((0, 1, 2))
-    for name, mean in zip(SIGNALS, means, strict=False):
-        print(f"   {name:12}{mean:.4f}")
+def retrieval(n):
+    """n sequences of a task that wants another precision in each of its two regimes.
+
+    A sequence is a regime, eight pairs (key, value), a token each, and a query, one of the keys.
+    Regime 0, "retrieve": the answer is the query's value. Regime 1, "any": any of the eight values.
+    -> ids and targets (n, 10), regimes (n,), and the least possible losses (n,), in nats."""
+    regime = torch.randint(2, (n, 1))
+    keys = torch.rand(n, 8).argsort(1)  # (n, 8), all eight of them in any order
+    values = torch.randint(8, (n, 8))
+    asked = torch.randint(8, (n, 1))
+    told = torch.where(regime == 0, asked, torch.randint(8, (n, 1)))
+    query = keys.gather(1, asked)
+    answer = values.gather(1, told)
+    ids = torch.cat([regime, 2 + 8 * keys + values, 66 + query], dim=1)
+    targets = torch.full_like(ids, -1)
+    targets[:, -1:] = 74 + answer
+    share = (values == answer).float().mean(1, keepdim=True)
+    least = torch.where(regime == 0, 0.0, -share.log())
+    return ids, targets, regime[:, 0], least[:, 0]
+
+
+def learn(seed, steps=600, lr=3e-3, **changes):
+    """Trains a block with one head on that task; yields the model after each step."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=82, block_size=10, n_layer=1, n_head=1, n_embd=64, ncn_hidden=32)
+    model = ModulatedLM(NCNConfig(dropout=0.0, **sizes | changes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(steps):
+        ids, targets, _, _ = retrieval(128)
+        model(ids, targets).total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        yield model
+
+
+@torch.no_grad()
+def judge(model):
+    """-> for both regimes: nats above the least possible loss, and the precision at the query."""
+    ids, targets, regime, least = retrieval(4000)
+    nats = F.cross_entropy(model(ids)[:, -1], targets[:, -1], reduction="none") - least
+    precision = model.signals(ids)[:, -1, :, 1].mean(1)  # (n,), the mean over layers
+    return [(nats[regime == r].mean().item(), precision[regime == r].mean().item()) for r in (0, 1)]
 
 
 def show_leak(model, ids):
-    print("3. One changes the last token. How far do the logits of the tokens before it move?")
+    print("2. One changes the last token. How far do the logits of the tokens before it move?")
     other = ids.clone()
     other[:, -1] = (ids[:, -1] + 1) % model.config.vocab_size
     for mode in SALIENCE:
         difference = model(ids, salience=mode) - model(other, salience=mode)
-        leak = difference[:, :-1].abs().max()
-        remark = "it sees the future" if leak > 1e-4 else ""
-        print(f"   {mode:12}{leak:.6f}  {remark}")
+        print(f"   {mode:12}{difference[:, :-1].abs().max():.6f}")
 
 
-def show_memory(model, ids):
-    print("4. Reading token by token with a memory, beside one pass over all of the text")
-    memory = Memory(model, len(ids))
-    steps = [model(ids[:, t : t + 1], memory=memory) for t in range(ids.size(1))]  # T x (B, V)
-    apart = (torch.stack(steps, dim=1) - model(ids)).abs().max()
-    state = sum(tensor.numel() for tensor in memory.salience)
-    cache = memory.keys[:, :, :, : memory.length].numel() * 2
-    print(f"   largest difference of the logits {apart:.1e}\n"
-          f"   numbers that are kept: {cache:,} keys and values, {state} for the controller")
-
-
-def show_four_tokens():
-    print("5. Four tokens by hand: salience exp(score) 1, 2, 1, 4 and value 1, 4, 7, 2")
-    scores = torch.tensor([1.0, 2.0, 1.0, 4.0]).log()
-    values = torch.tensor([1.0, 4.0, 7.0, 2.0])
-    state = [torch.full((1, 1, 1), -math.inf), torch.zeros(1, 1, 1, 1)]  # nothing was read yet
-    for score, value in zip(scores, values, strict=True):
-        context = salience_step(score.view(1, 1, 1), value.view(1, 1, 1, 1), state)
-        weight = state[0].exp()
-        print(f"   + {value:.0f}, exp(score) {score.exp():.0f}: "
-              f"sum of weights {weight.item():.0f}, context {context.item():.0f}")
-
-
-def show_shielding(model):
-    print("6. Gradient shielding: the gradient of an FFN's weights, at half the gain")
-    block = model.blocks[0]
-    x = torch.randn(1, 8, model.config.n_embd)
-    weight = block.ffn_in.weight
+def show_shielding(block):
+    print("3. The gradient of an FFN's weights, at half the gain: shielded by half")
+    x = torch.randn(1, 8, block.ffn_in.in_features)
     for gain in (1.0, 0.5):
         out = block.add(x, block.ffn(x), torch.full((1, 8, 1), gain))
-        gradient = torch.autograd.grad(out.sum(), weight)[0]
+        gradient = torch.autograd.grad(out.sum(), block.ffn_in.weight)[0]
         print(f"   gain {gain}: norm {gradient.norm():.4f}")
 
 
 def main():
-    """Prints sizes, the start, the leak of `global`, the memory, four tokens by hand, shielding."""
+    """Prints sizes and start, the leak of `global`, shielding, and who learns the task."""
     torch.manual_seed(0)
     model = ModulatedLM(NCNConfig()).eval()
     ids = torch.randint(model.config.vocab_size, (1, 64))
+    print("1. Parameters at the paper's sizes; gain, precision and gate at the start")
+    for name, part in [("controller", model.controller), ("all", model)]:
+        print(f"   {name:12}{sum(p.numel() for p in part.parameters()):>12,}")
+    print("  ", *(f"{mean:.4f}" for mean in model.signals(ids).mean((0, 1, 2))))
     with torch.no_grad():
-        show_sizes(model, ids)
-        # As if it had learned: the signals of a new controller hardly move.
-        nn.init.normal_(model.controller.layer2.weight)
+        nn.init.normal_(model.controller.layer2.weight)  # as if it had learned: signals move
         show_leak(model, ids)
-        show_memory(model, ids)
-        show_four_tokens()
-    show_shielding(model)
+    show_shielding(model.blocks[0])
+    print("4. One head, two regimes: look a value up, or take any. Nats above the best possible,\n"
+          "   and the precision:   retrieve            any")
+    for name, signals in (("static", ()), ("precision alone", ("precision",)), ("all", SIGNALS)):
+        *_, model = learn(0, signals=signals)
+        print(f"   {name:15}", *(f"{nats:8.3f} ({beta:.2f})" for nats, beta in judge(model)))
 
 
 if __name__ == "__main__":

@@ -1109,15 +1109,20 @@ def test_config_refuses(name, value):
         NCNConfig(**TINY | setting)
 
 
-def test_the_demonstration_shows_what_it_claims(capsys):
+def test_the_demonstration_shows_what_it_claims(capsys, monkeypatch):
+    """Here with fewer steps, after which the static model cannot look up yet."""
+    monkeypatch.setattr(ncn, "learn", functools.partial(ncn.learn, steps=300))
     ncn.main()
     out = capsys.readouterr().out
     assert re.search(r"controller +281,298", out)
-    assert re.findall(r"(\w+) +[\d.]+ +it sees the future", out) == ["global"]
-    assert float(re.search(r"difference of the logits (\S+)", out)[1]) < 1e-4
-    assert re.findall(r"context (\d)", out) == ["1", "3", "4", "3"]
+    leaks = {mode: float(leak) for mode, leak in re.findall(r"(\w+) +(\d\.\d{6})\n", out)}
+    assert {mode for mode in leaks if leaks[mode] > 1e-4} == {"global"}
     whole, half = re.findall(r"norm (\d\S+)", out)
     assert float(whole) / float(half) == pytest.approx(2, abs=1e-4)
+    any_value = re.findall(r"(\d\.\d+) \(\d\.\d\d\)\n", out)
+    static, precision, all_signals = map(float, any_value)
+    assert static > 0.4
+    assert max(precision, all_signals) < 0.3
 
 
 # ==== sample.py ===================================================================================
