@@ -502,16 +502,11 @@ def _ceil_div(a, b):
 _properties = functools.cache(torch.cuda.get_device_properties)  # of a GPU
 
 
-def _processors(device):
-    if device.type != "cuda":
-        return 1
-    return _properties(device).multi_processor_count
-
-
 def _blocks(x, work, threads, per_processor=32):
     """Blocks that do `work`, one item per thread. More than the GPU holds at a time gain nothing:
     threads walk on."""
-    return min(_ceil_div(work, threads), per_processor * _processors(x.device))
+    processors = _properties(x.device).multi_processor_count if x.is_cuda else 1
+    return min(_ceil_div(work, threads), per_processor * processors)
 
 
 def _row_grid(x, rows, width, few=False):

@@ -2315,7 +2315,7 @@ def test_train_one_run_per_folder(demo, tmp_path, capsys):
     ("--seed -1", "--seed is -1, it must be 0 or more"),
     ("--lr nan", "Invalid learning rate: nan"),
     ("--batch_size 1000000", "too few for --batch_size 1000000"),
-    ("--block_size 1000000", "holds 0 rows of 1000000 tokens"),
+    ("--block_size 1000000", "holds 0 rows of up to 1000000 tokens"),
     ("--init nothing.pt", "no checkpoint nothing.pt"),
 ])
 def test_train_refuses(demo, tmp_path, capsys, flags, says):
@@ -2324,7 +2324,7 @@ def test_train_refuses(demo, tmp_path, capsys, flags, says):
 
 
 def test_train_resume_refuses(demo, whole, tmp_path, capsys):
-    assert "--n_embd was 16" in refused(capsys, demo, whole, "--resume --n_embd 32")
+    assert "--n_embd: it was 16" in refused(capsys, demo, whole, "--resume --n_embd 32")
     path = tmp_path / "ckpt_latest.pt"
     ModulatedLM.load(whole / path.name).save(path)
     assert "was not written by train.py" in refused(capsys, demo, tmp_path, "--resume")

@@ -58,7 +58,7 @@ HELP = {
         "batch_size": "rows per micro-batch",
         "grad_accum": "micro-batches per optimizer step, over all processes",
         "lr": "peak learning rate; a cosine leads to 0 after the last step",
-        "embed_lr": "the same of the token and position embeddings; 0: as --lr",
+        "embed_lr": "peak learning rate of the token and position embeddings; 0: as --lr",
         "seed": "of the weights, the data order and the dropout",
         "rows": "contiguous: the text cut every block_size tokens; aligned: a story each, padded",
     },
@@ -68,7 +68,8 @@ HELP = {
                     "as the paper trains), reactive (one token, pooled), token (one token, "
                     "without pooling), constant (nothing)",
         "homeostatic_lambda": "weight of the price for signals away from 1",
-        "start": "of the signals: neutral (1), or zero (the authors': precision 0.70, gate 0.5)",
+        "start": "of the signals: neutral (1, gate 0.95), or zero (the authors': precision 0.70, "
+                 "gate 0.5)",
         "ncn_hidden": "hidden width of the controller",
         "ncn_heads": "heads of the controller's salience pooling",
     },
@@ -124,10 +125,9 @@ def arguments():
     add = parser.add_argument_group("the machine").add_argument
     add("--device", choices=DEVICES, default="auto", help=DEVICE_HELP)
     add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="of the matrix products; auto: bf16 where it is fast, else fp16 on a GPU, fp32 on a "
-             "CPU")
+        help="of the matrix products; auto: bf16 where it is fast, on an older GPU fp16, else fp32")
     add("--checkpoint_blocks", action="store_true",
-        help="keep each block's input alone: less memory, more work")
+        help="keep only each block's input: less memory, more work")
     add("--compile", action="store_true", help="torch.compile the model: minutes to start")
     add("--no_record", action="store_true",
         help="on a GPU, launch each step's kernels one by one: slower; a model with .item() in it "
@@ -153,9 +153,8 @@ def settings_of(args, on_gpu, saved=None):
             if value == settings[name]:
                 continue
             if name in FIXED:
-                raise ValueError(f"--resume cannot change the model: --{name} was {settings[name]}")
-            notes.append(f"--{name} changed from {settings[name]} to {value}: this is no longer "
-                         "the uninterrupted run")
+                raise ValueError(f"--resume cannot change --{name}: it was {settings[name]}")
+            notes.append(f"--{name} changed from {settings[name]} to {value}")
     settings = settings | given
     for name in ("batch_size", "grad_accum", "log_interval", "eval_interval", "val_sequences"):
         if settings[name] < 1:
@@ -182,7 +181,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join_processes(device):
-    """Makes the processes a group. A CPU's tensors go through gloo beside a GPU's, too."""
+    """Makes the processes a group. CPU tensors go through gloo, also where a GPU's use NCCL."""
     if WORLD == 1:
         return
     store = None
@@ -212,8 +211,8 @@ def from_rank_0(work):
 
 
 class StopSign:
-    """Ctrl-C and SIGTERM ask for an orderly stop. A second one ends the process at once; but not
-    under torchrun, which passes on the signal that all have got already."""
+    """Ctrl-C and SIGTERM ask for an orderly stop. A second one ends the process at once; not
+    under torchrun, which sends every process a second one anyway."""
 
     def __init__(self):
         self.number = 0
@@ -258,7 +257,8 @@ def shuffled(seed, epoch, count):
 
 
 def rows_of_micro_batch(run, number):
-    """The rows of micro-batch 0, 1, 2, ...: (B, 2). An epoch is all rows in an order of its own."""
+    """The rows of micro-batch 0, 1, 2, ...: (B, 2). An epoch is the rows in an order of
+    its own, less a rest that fills no micro-batch."""
     rows = run.train.rows
     size = run.settings["batch_size"]
     epoch, place = divmod(number, len(rows) // size)
@@ -379,11 +379,11 @@ def make_run(args, settings, model, device, dtype, meta, train, val):
     # Checkpointing restores the random state, which a CUDA graph cannot record.
     records = device.type == "cuda" and torch.version.cuda is not None
     records = records and not (args.checkpoint_blocks or args.no_record)
-    bucket = 1  # rows are padded to a multiple of it
-    if records or args.compile:  # few lengths: each needs a graph or a compilation of its own
+    bucket = 1
+    if records or args.compile:  # each length needs a graph or a compilation of its own, so few
         bucket = math.gcd(64, settings["block_size"])  # no row may exceed block_size
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # eight lengths, to train and to validate
+        torch._dynamo.config.recompile_limit = 64  # a length needs two, to train and to validate
         model.compile(dynamic=False)
     return Run(
         settings, model, optimizer, scaler, device, dtype, records, bucket, meta, train, val)
@@ -413,7 +413,7 @@ def identity(config, meta):
     """What two models must share, if one is to go on with the other's weights."""
     sizes = asdict(config)
     del sizes["dropout"], sizes["homeostatic_lambda"]
-    return sizes | {"tokenizer": meta["tokenizer"], "words": meta.get("vocabulary")}
+    return sizes | {"tokenizer": meta["tokenizer"], "vocabulary": meta.get("vocabulary")}
 
 
 def read_start(args):
@@ -476,9 +476,9 @@ def check_rows(args, s, train, val):
     micro_batches = len(train.rows) // s["batch_size"]
     if micro_batches == 0 or len(val.rows) == 0:
         raise ValueError(
-            f"{args.data} holds {len(train.rows)} rows of {s['block_size']} tokens for training, "
-            f"{len(val.rows)} for validation: too few for --batch_size {s['batch_size']}; prepare "
-            "more text or lower --block_size")
+            f"{args.data} holds {len(train.rows)} rows of up to {s['block_size']} tokens to train "
+            f"on, {len(val.rows)} to validate on: too few for --batch_size {s['batch_size']}; "
+            "prepare more text or lower --block_size")
     if s["max_steps"] == 0:
         s["max_steps"] = max(1, micro_batches // s["grad_accum"])
 
@@ -545,11 +545,10 @@ def schedule(step, s):
 
 
 def update(run):
-    """Moves the weights by the gradients of all processes. -> their norm, a tensor."""
-    if WORLD > 1:
-        for p in run.model.parameters():
-            if p.grad is not None:
-                dist.all_reduce(p.grad)  # the sum: each process has weighted its own by its share
+    """Moves the weights by the gradients of all processes. -> the gradients' norm, a tensor."""
+    for p in run.model.parameters():
+        if p.grad is not None:
+            sum_over_processes(p.grad)  # each process has weighted its own by its share
     run.scaler.unscale_(run.optimizer)
     clip = run.settings["grad_clip"] or math.inf
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), clip)
@@ -561,7 +560,7 @@ def update(run):
 
 def train_steps(run):
     """Trains without end; after each step yields the losses of this process's micro-batches (2,)
-    and the gradient's norm, tensors: nothing waits for a GPU."""
+    and the gradient's norm, tensors: nothing waits for a GPU, except fp16's scaler."""
     compute = functools.partial(micro_batch, run)
     if run.records:
         try:
@@ -609,8 +608,8 @@ def validate(run):
 
 
 def save(args, run, name):
-    """Writes a checkpoint into the run's folder, on rank 0. But not where numbers ran away: then
-    the last one is the better one."""
+    """Writes a checkpoint into the run's folder, on rank 0. But not where a weight is not finite:
+    then the earlier one stays."""
     if RANK > 0:
         return
     if not all(p.isfinite().all() for p in run.model.parameters()):
@@ -650,7 +649,7 @@ def evaluate(args, run):
 
 def show_sample(run):
     """What the model writes by now, so that one sees it learn."""
-    with contextlib.suppress(ConnectionError):  # training needs no vocabulary, its text does
+    with contextlib.suppress(ConnectionError):  # where GPT-2's vocabulary is out of reach
         tokenizer = prepare.tokenizer_of(run.meta)
         end = tokenizer.eot_token
         start = torch.tensor([[end]], device=run.device)
@@ -667,20 +666,20 @@ class Meter:
         self.clock = time.perf_counter()
 
     def log(self, run, norm):
-        """Writes the paper's log line. Raises FloatingPointError for a loss that is not finite."""
+        """Writes the paper's log line. Raises FloatingPointError for a loss or a gradient that
+        is not finite."""
         task, homeostatic = (sum_over_processes(self.nats) / self.targets).tolist()
         if not math.isfinite(task) or not (norm.isfinite() or run.scaler.is_enabled()):
             raise FloatingPointError(f"loss {task}, gradient norm {norm.item()}, try a lower --lr")
         speed = self.targets / (time.perf_counter() - self.clock)
         per_epoch = len(run.train.rows) // run.settings["batch_size"]
         epoch, place = divmod(run.step * run.settings["grad_accum"] - 1, per_epoch)
-        share = (place + 1) / per_epoch
-        scale = run.scaler.get_scale() if run.scaler.is_enabled() else 1.0
-        log.info(f"Step: {run.step} | Ep: {epoch + 1} [{place + 1}/{per_epoch} ({share:.1%})] "
-                 f"| Loss: {task:.4f} | Reg: {homeostatic:.4f} "
+        done = place + 1
+        log.info(f"Step: {run.step} | Ep: {epoch + 1} [{done}/{per_epoch} ({done / per_epoch:.1%})]"
+                 f" | Loss: {task:.4f} | Reg: {homeostatic:.4f} "
                  f"| PPL: {math.exp(min(task, 700)):.2f} "
-                 f"| LR: {run.optimizer.param_groups[0]['lr']:.2e} | Scale: {scale:.1f} "
-                 f"| Tok/s: {speed:.0f}{remark(run)}")
+                 f"| LR: {run.optimizer.param_groups[0]['lr']:.2e} "
+                 f"| Scale: {run.scaler.get_scale():.1f} | Tok/s: {speed:.0f}{remark(run)}")
 
 
 # On the terminal and in OUT/training.log. Only rank 0 gives it handlers; elsewhere it is silent.
@@ -696,7 +695,8 @@ def open_log(args, resumes):
         number += 1
     for name in ("training.log", "ckpt_latest.pt", "ckpt_best.pt"):
         if os.path.exists(f"{args.out}/{name}") and not resumes:
-            os.renames(f"{args.out}/{name}", f"{args.out}/previous/{number}/{name}")  # and folders
+            # This makes the folders, too.
+            os.renames(f"{args.out}/{name}", f"{args.out}/previous/{number}/{name}")
     file = logging.FileHandler(f"{args.out}/training.log", encoding="utf-8")
     log.handlers = [file, logging.StreamHandler(sys.stdout)]
     for handler in log.handlers:
@@ -764,7 +764,7 @@ def loop(args, run, stop):
                 log.info(f"Interrupted after step {run.step}: go on with --resume")
                 sum_over_processes(torch.zeros(1))  # a barrier: when one exits, torchrun ends all
                 raise SystemExit(128 + (stop.number or signal.SIGTERM))
-            targets = targets_of_step(run, run.step)  # of the step that comes, which moves run.step
+            targets = targets_of_step(run, run.step)  # before the step, which raises run.step
             losses, norm = next(steps)
             meter.nats += losses * targets
             meter.targets += targets
@@ -774,19 +774,19 @@ def loop(args, run, stop):
                 meter.log(run, norm)
                 if evaluates:
                     evaluate(args, run)
-                if evaluates and on_terminal:
-                    show_sample(run)
+                    if on_terminal:
+                        show_sample(run)
                 meter = Meter(run)
 
 
 def rescue(args, run, error):
-    """Saves the last whole step after an error: a full disk, no memory, a reader's own bug."""
+    """After an error (a full disk, no memory, a bug): says so, and saves the last whole step."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, FloatingPointError):
         log.info(f"Stopped: {reason} at step {run.step}")
     else:
         log.info(f"Failed after step {run.step}: {reason}")
-    # Of several GPUs one may have died while the others' gradients were still under way.
+    # Not of several GPUs: to read the weights, they might wait for one that has died.
     if WORLD == 1 or run.device.type == "cpu":
         save(args, run, "ckpt_latest.pt")
 
@@ -805,13 +805,14 @@ def bench(args, device):
     if dtype == "auto":
         dtype, _ = choose_dtype(device, config_of(s, vocab_size))
     steps = {}
-    peaks = []  # of memory, in bytes; the second holds both models
+    peak = 0  # of memory, in bytes, with the controller
     for name, signals in (("with the controller", s["signals"]), ("--signals none", "none")):
         config = config_of(s | {"signals": signals}, vocab_size)
         run = make_run(args, s, ModulatedLM(config), device, dtype, {}, data, data)
         steps[name] = train_steps(run)
         next(steps[name])  # what is allocated or compiled at first use
-        peaks.append(kernels.peak_memory(device))
+        if not peak:
+            peak = kernels.peak_memory(device)
     times = {name: [] for name in steps}
     for _ in range(7):
         for name, step in steps.items():
@@ -823,7 +824,7 @@ def bench(args, device):
         print(f"{name:20}{speed:>12,.0f} tokens/s")
     share = statistics.median(1 - b / a for a, b in zip(*times.values(), strict=True))
     print(f"{'the controller':20}{share:>12.1%} of a step\n"
-          f"{'peak memory':20}{peaks[0] >> 20:>12,} MiB")
+          f"{'peak memory':20}{peak >> 20:>12,} MiB")
 
 
 @command
