@@ -12,11 +12,11 @@ Losses are in nats per token. What the words mean:
 
 Verdict (paper, section 4.1.2): a straight line is fitted by least squares to the logged losses of
 the last 15% of the steps. A slope within 0.001 nats per 1,000 steps of zero is "Converged", a
-falling line "Still improving", a rising one "Diverging". But noise would hardly ever let a flat run
-pass, so the slope has a 98% interval (Student's t, wider where neighbouring errors correlate). If
-it excludes zero, the slope decides. If it holds zero, the run is "Converged", provided that the
-interval is narrower than the threshold, or that the drift which it allows over the window is below
-the scatter of single points. Else the slope decides, and the verdict says that it is uncertain.
+falling line "Still improving", a rising one "Diverging". That slope has a 98% interval (Student's
+t, wider where neighbouring errors correlate). If the interval excludes zero, this verdict stands.
+If it holds zero, the run is "Converged", provided that half the interval's width is below the
+threshold, or that this half-width makes less over the window than the scatter of single points.
+Else the verdict stands, and says that it is uncertain.
 Below 5 points it is "Undecided"; a run that ends in a NaN or infinite loss is "Diverging". A loss
 flattens as the learning rate falls: more training may help a "Converged" run.
 
@@ -123,22 +123,22 @@ class Run:
     path: str
     name: str
     settings: dict  # train.py's flags, the precision and the number of parameters, {name: text}
-    data: dict  # digest, tokenizer and vocabulary size, {name: text}
+    data: dict  # the log's Data line: digest, tokenizer, sizes, {name: text}
     speed: float  # tokens per second, median
     minutes: float  # of training, without validation and pauses
     validations: dict  # {step: loss}
-    step: np.ndarray | None = None  # (N,); this and what follows is known from a log alone
+    step: np.ndarray | None = None  # (N,); this and the rest only if it comes from a log
     loss: np.ndarray | None = None  # (N,)
     broke: int | None = None  # the step at which the loss ceased to be finite, if it did
 
     @property
     def final(self):
         """The last validation loss, NaN if there is none."""
-        return list(self.validations.values())[-1] if self.validations else math.nan
+        return [math.nan, *self.validations.values()][-1]
 
 
 def read_lines(path):
-    """The (step, Row) of a log in their order, and the lines that say what the run is by word."""
+    """The (step, Row) of a log in their order, and its header lines, {keyword of HEAD: line}."""
     rows = []
     head = {}
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -169,7 +169,7 @@ def last_run(rows):
     lost. Where they go back to the start, nothing is left of the run before: a second one began."""
     by_step = {}
     runs = 1
-    last = 0
+    last = -1
     for step, row in rows:
         if step <= last:
             by_step = {earlier: kept for earlier, kept in by_step.items() if earlier < step}
@@ -181,7 +181,7 @@ def last_run(rows):
 
 
 def minutes_of(by_step):
-    """Minutes of training: the usual time per step, which holds no validation, times the steps."""
+    """Minutes of training: the median time per step, which skips validations, times the steps."""
     if len(by_step) < 2:
         return math.nan
     steps = list(by_step)
@@ -205,7 +205,7 @@ def read_log(path):
                    if math.isfinite(row.validation)}
     settings = pairs(head.get("Settings", ""))
     settings["dtype"] = "+".join(sorted(head.keys() & {"fp32", "bf16", "fp16"}))
-    settings["parameters"] = head.get("parameters", "unknown").split()[0]
+    settings["parameters"] = head.get("parameters", "unknown").split()[0].replace(",", "")
     if runs > 1:
         print(f"{path}: {runs} runs in one file, this is the last")
     if len(finite) < len(by_step):
@@ -246,14 +246,8 @@ def ewma(y, span):
 
     Divided by the sum of its weights, it has no bias towards the first value."""
     keep = 1 - 2 / (span + 1)
-    total = 0.0
-    weight = 0.0
-    out = np.empty(len(y))
-    for i, value in enumerate(y):
-        total = keep * total + value
-        weight = keep * weight + 1
-        out[i] = total / weight
-    return out
+    weights = keep ** np.arange(len(y))
+    return np.convolve(y, weights)[: len(y)] / np.cumsum(weights)
 
 
 @dataclass
@@ -269,10 +263,11 @@ class Verdict:
     why: str = "5 logged points are needed in the last 15% of the steps"
 
 
-def judge(slope, half, drift, scatter, threshold=0.001):
+def judge(slope, half, drift, scatter):
     """The verdict's name and reason, as the head of this file defines it.
 
-    slope, half: nats per 1,000 steps; drift: what the interval allows over the window, in nats."""
+    slope, half: nats per 1,000 steps; drift: half times the window's length, in nats."""
+    threshold = 0.001
     if abs(slope) < threshold:
         trend = "Converged"
     elif slope < 0:
@@ -286,9 +281,9 @@ def judge(slope, half, drift, scatter, threshold=0.001):
     return trend, "uncertain: by the slope alone, there are too few points for their noise"
 
 
-def verdict(run, tail=0.15):
+def verdict(run):
     """The Verdict on the last 15% of a run's steps, see the head of this file."""
-    first = run.step[-1] - tail * (run.step[-1] - run.step[0])
+    first = run.step[-1] - 0.15 * (run.step[-1] - run.step[0])
     window = run.step >= first
     x = run.step[window]
     y = run.loss[window]
@@ -317,12 +312,11 @@ def draw_history(ax, run, start):
     ax.plot(step, run.loss[part], ".", color="0.65", label="logged loss")
     for share, colour in ((0.02, "C5"), (0.15, "C0")):
         smooth = ewma(run.loss, max(1, share * len(run.loss)))
-        label = f"EWMA over {share:.0%} of the points"
-        ax.plot(step, smooth[part], color=colour, label=label)
+        ax.plot(step, smooth[part], color=colour, label=f"EWMA over {share:.0%} of the points")
     validations = [point for point in run.validations.items() if point[0] >= start]
     if validations:
-        label = f"validation (last {run.final:.4f})"
-        ax.plot(*zip(*validations, strict=True), "D", color="C1", label=label)
+        steps, losses = zip(*validations, strict=True)
+        ax.plot(steps, losses, "D", color="C1", label=f"validation (last {run.final:.4f})")
     ax.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     ax.legend()
     right = ax.secondary_yaxis("right")
@@ -354,15 +348,15 @@ class Efficiency:
     loss: np.ndarray
     law: tuple  # a, b, c
     r2: float  # the share of the curve's variance that the law explains
-    p95: int  # where, in the curve, 95% and 99% of the improvement are first made
+    p95: int  # index of the first point with 95%, 99% of the improvement
     p99: int
     sei: float
 
 
-def smoothed(run, bins=128):
+def smoothed(run):
     """Means of steps and losses over bins of equal width in log s; empty ones fall out."""
     step = np.maximum(run.step, 1)
-    edges = np.geomspace(step[0], step[-1], bins + 1)
+    edges = np.geomspace(step[0], step[-1], 129)  # of 128 bins
     count = np.histogram(step, edges)[0]
     sums = [np.histogram(step, edges, weights=x)[0] for x in (step, run.loss)]
     return [x[count > 0] / count[count > 0] for x in sums]
@@ -372,8 +366,7 @@ def fit_power_law(step, loss):
     """Least squares of a + b s^-c, a >= 0 -> (a, b, c), R²."""
     fits = []
     for c in np.geomspace(0.02, 4, 160):  # for a given c the best a and b are linear least squares
-        columns = np.stack([np.ones_like(step), step**-c], axis=1)
-        a, b = np.linalg.lstsq(columns, loss, rcond=None)[0]
+        b, a = np.polyfit(step**-c, loss, 1)
         error = np.sum((a + b * step**-c - loss) ** 2)
         if a >= 0:
             fits.append((error, a, b, c))
@@ -447,7 +440,7 @@ def read_csv(path):
     runs = []
     for row in rows:
         settings = pairs(row["settings"])
-        settings["parameters"] = f"{int(row['parameters']):,}"
+        settings["parameters"] = row["parameters"]
         runs.append(Run(
             path=f"{path}: {row['run']}",
             name=row["run"],
@@ -467,10 +460,10 @@ def write_csv(path, groups):
     writer.writerow(CSV_COLUMNS)
     for group, by_seed in groups.items():
         for seed, run in by_seed.items():
-            parameters = run.settings["parameters"].replace(",", "")
             writer.writerow([
-                group, run.name, seed, parameters, f"{run.speed:.0f}", f"{run.minutes:.3f}",
-                run.final, joined(run.validations), joined(run.data), joined(run.settings),
+                group, run.name, seed, run.settings["parameters"], f"{run.speed:.0f}",
+                f"{run.minutes:.3f}", run.final, joined(run.validations), joined(run.data),
+                joined(run.settings),
             ])
     write_file(path, lambda file: file.write(text.getvalue().encode()))
     print(f"wrote {path}")
@@ -493,7 +486,7 @@ def by_name(runs, patterns):
     groups = {}
     for argument in patterns:
         name, choice = argument.split("=", 1)
-        pattern = choice.split()[0]
+        pattern = choice.split(" ")[0]
         wanted = pairs(choice).items()
         named = [run for run in runs if fnmatch(run.name, pattern) or fnmatch(run.path, pattern)]
         groups[name] = [run for run in named if wanted <= run.settings.items()]
@@ -544,9 +537,7 @@ def curves(runs):
 def interval(differences):
     """Half the width of the 95% interval of the mean of n differences (n, ...); NaN for n = 1."""
     n = len(differences)
-    if n < 2:
-        return scatter(differences)
-    return student_t(0.95, n - 1) * scatter(differences) / math.sqrt(n)
+    return student_t(0.95, max(n - 1, 1)) * scatter(differences) / math.sqrt(n)
 
 
 def scatter(values):
@@ -565,13 +556,13 @@ def reached_at(runs, target):
 
 def print_comparison(groups, first):
     """A line for each group {seed: Run}: its mean and its difference to the first, seed by seed."""
-    width = max(map(len, groups))
+    width = max(map(len, ["group", *groups]))
     target = np.mean([run.final for run in first.values()])
     print("\nFinal validation loss: mean and scatter (sd) of the seeds; difference to the first "
           "group, seed by seed,\nwith its 95% interval and its scatter; the first validation at "
           "which the mean has reached the first group's final loss")
     print(f"{'group':{width}}  seeds  parameters  tokens/s    loss      sd  "
-          "difference         pairs      sd  reached at")
+          "difference        pairs      sd  reached at")
     for label, group in groups.items():
         seeds = sorted(first.keys() & group.keys())
         if not seeds:
@@ -600,11 +591,11 @@ def plot_comparison(groups, first, folder):
         steps, losses = curves([runs[seed] for runs in (first, group) for seed in seeds])
         differences = losses[len(seeds) :] - losses[: len(seeds)]
         below.errorbar(steps, differences.mean(axis=0), interval(differences), **style, capsize=3)
-    left.set(xlabel="optimizer step", ylabel="validation loss (nats per token)")
-    left.set_title("Mean of the seeds")
+    left.set(xlabel="optimizer step", ylabel="validation loss (nats per token)",
+             title="Mean of the seeds")
     right.set(xlabel="training time without validation (minutes)", title="The same by time")
-    below.set(xlabel="optimizer step", ylabel="difference (nats per token)")
-    below.set_title("Difference to the first group, seed by seed, with its 95% interval")
+    below.set(xlabel="optimizer step", ylabel="difference (nats per token)",
+              title="Difference to the first group, seed by seed, with its 95% interval")
     fig.legend(loc="outside lower center", ncols=2, title="group (seeds)")
     save(fig, folder, "comparison.png")
 
@@ -636,20 +627,17 @@ def slots_kept(story):
     return kept
 
 
-def count_remembered(model, tokenizer, checkpoint, number=200, longest=1000):
-    """Samples stories, and prints how many keep to their words from the beginning to the end.
-
-    longest: no story of the grammar has as many tokens, not even in bytes; one that does not end
-    by then keeps nothing."""
+def count_remembered(model, tokenizer, checkpoint, number=200):
+    """Samples stories, and prints how many keep to their words from the beginning to the end."""
     if "entropy_nats_per_story" not in checkpoint["data"]:
         raise ValueError("the model was not trained on the demo stories, it knows no others")
     end = tokenizer.eot_token
     prompt = torch.full((number, 1), end, device=model.embed.weight.device)  # a story follows END
-    sampled = generate(model, prompt, longest, temperature=0.5, top_k=0, seed=0, end_token=end)
-    results = []
-    for tokens in sampled[:, 1:].tolist():
-        if end in tokens:
-            results.append(slots_kept(tokenizer.decode(tokens[: tokens.index(end)])))
+    # No story of the grammar has 1,000 tokens, not even in bytes. One that does not end by then
+    # keeps nothing.
+    sampled = generate(model, prompt, 1000, temperature=0.5, top_k=0, seed=0, end_token=end)
+    ended = [tokens for tokens in sampled[:, 1:].tolist() if end in tokens]
+    results = [slots_kept(tokenizer.decode(tokens[: tokens.index(end)])) for tokens in ended]
     print(f"\nOf {number} sampled stories (temperature 0.5), {len(results)} come to an end.")
     print("How many use just one word of a slot?")
     for slot in [*SLOTS, "all of these"]:
@@ -659,7 +647,7 @@ def count_remembered(model, tokenizer, checkpoint, number=200, longest=1000):
 
 def print_signals(signals):
     """Mean and standard deviation of signals (N, L, 3) over N, a line for each layer."""
-    print(f"{'layer':5}  {'gain':15}  {'precision':15}  {'gate':15}  gates below 0.5")
+    print(f"{'layer':5} {'gain':15} {'precision':15} {'gate':15} gates below 0.5")
     closed = (signals[..., 2] < 0.5).mean(axis=0)
     for i, layer in enumerate(signals.swapaxes(0, 1)):
         columns = [f"{signal.mean():.3f} ± {signal.std():.3f}  " for signal in layer.T]
@@ -672,7 +660,7 @@ def scan(model, tokenizer, text, title, folder):
     if not tokens:
         raise ValueError('the text has no tokens: give some, as in --scan "Once upon a time"')
     ids = torch.tensor([tokens], device=model.embed.weight.device)
-    signals = model.signals(ids)[0, ..., :3].cpu().numpy()  # (T, L, 3): without a reader's own
+    signals = model.signals(ids)[0, ..., :3].cpu().numpy()  # (T, L, 3): not those you may add
     labels = [tokenizer.decode([t]).replace(" ", "·").replace("\n", "↵") for t in tokens]
     print(f"\nSpecialisation: mean ± standard deviation of each signal over {len(tokens)} tokens")
     print_signals(signals)
@@ -716,11 +704,9 @@ def validation_batches(model, folder, checkpoint):
     if len(rows) < 2:
         raise ValueError(f"{folder} holds fewer than two rows of {size} validation tokens")
     rows = np.random.default_rng(0).permutation(rows)[:64]
-    batches = []
-    for part in np.array_split(rows, min(32, len(rows))):
-        both = np.stack(prepare.windows(tokens, part))
-        batches.append(torch.tensor(both, device=model.embed.weight.device))
-    return batches
+    parts = np.array_split(rows, min(32, len(rows)))
+    batches = [np.stack(prepare.windows(tokens, part)) for part in parts]
+    return [torch.tensor(batch, device=model.embed.weight.device) for batch in batches]
 
 
 def pinned(names, values):
@@ -740,10 +726,10 @@ def ablations(model, batches):
     (batches,) nats per token}; and the signals as trained, (N, L, 3), of the N tokens that have a
     target.
 
-    Pinned to its mean, a signal is a constant per layer: what that adds to the loss is what its
-    moving is worth. Pinned to 1, neutral, it is gone. "prefix only" lets a `global` model's
-    salience see tokens 0..t (causal mode), all there is when it generates: what that adds is the
-    leak, what the sight of the future had taken off."""
+    Pinned to its mean per layer, a signal stops moving: the loss that this adds is the worth of its
+    movement. Pinned to 1, neutral, it is gone. "prefix only": a `global` model's salience sees
+    tokens 0..t alone, as when it generates; the loss that this adds is what seeing the future had
+    saved. The signals of a `global` model also see the padding of aligned rows."""
     signals = torch.cat([model.signals(x)[y >= 0][..., :3] for x, y in batches])
     mean = signals.mean(dim=0)  # (L, 3)
     conditions = {"as trained": {}}

@@ -30,7 +30,7 @@ END = "<|endoftext|>"               # ends every story, in the text and in the t
 CONTROL = "<|control|>"             # begins a label line, a story's first: "<|control|> 1 0.5"
 BLOCK = 4 << 20                     # bytes read and tokenised at a time
 LONGEST = 16 << 20                  # bytes in one story: what bounds the memory
-DEMO_MB = 24                        # more than the laptop preset reads: no story comes twice
+DEMO_MB = 24                        # more than the laptop preset reads in its one epoch
 TINYSTORIES = ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
                "TinyStoriesV2-GPT4-train.txt")
 ARRAYS = "train", "val", "train.control", "val.control"         # NAME.bin, each as one array
@@ -217,8 +217,8 @@ GRAMMAR = {
            "{name} hugged {pal} and the {color} {thing}.|"
            "Now {name} loved the {color} {thing} even more.|{name} and {pal} were very happy.",
 }
-# What a label decides (--labels) and the text before does not announce: by slot, the control, and
-# the option for each of its numbers.
+# The slots that a label (--labels) decides, where earlier text gives no hint:
+# {slot: (control, {its number: option})}.
 LABELLED = {
     "end": ("hug", {1: "{name} hugged {pal} and the {color} {thing}.",
                     -1: '"What a {trait} {kind}!" said {her} {kin}.'}),
@@ -229,7 +229,7 @@ CONTROLS = ["hug", "long"]                              # the order of a label's
 SLOT = re.compile(r"{(\w+)}")
 WORD = re.compile(r"'s| ?\w+| ?[^\w\s]|\s")             # a word or a mark: one token of "words"
 LOOKED_UP = {"kind", "thing", "place", "trouble"}       # the slots that later slots depend on
-# What a story must remember, and the slots that hold it.
+# What a story must remember: {its name in analyze.py's table: the slot of GRAMMAR}.
 SLOTS = {"hero": "name", "friend": "pal", "colour": "color", "thing": "thing", "place": "place",
          "goal": "goal", "whom": "kin"}
 
@@ -379,7 +379,7 @@ def read_texts(files, args, sources):
             source["sha256"] = digest.hexdigest()
             text, end, rest = (rest + block).rpartition(END.encode())
             yield path, text + end
-            if room == 0:                   # the rest is no whole story
+            if room == 0:                   # what is left may have been cut off
                 return
             if len(rest) > LONGEST:
                 raise ValueError(f"{path}: a story of over {LONGEST >> 20} MB; separate stories "
@@ -432,8 +432,8 @@ def write_arrays(folder, files, tokenizer, meta, args):
                 for story, label in read_stories(text):
                     controls = meta.setdefault("controls", [str(i + 1) for i in range(len(label))])
                     if len(label) != len(controls):
-                        raise ValueError(f"a label of {len(label)} numbers, not {len(controls)} as "
-                                         f"in the first story: {story[:40]!r}")
+                        raise ValueError(f"a label of {len(label)} numbers, not of "
+                                         f"{len(controls)} as expected: {story[:40]!r}")
                     split = split_of(story, first_stories, args)
                     batch[split].append(story + END)
                     outputs[f"{split}.control"].write(np.array(label, "<f4"))
@@ -468,8 +468,8 @@ def replace_files(new, folder):
 
 
 def prepare(inputs, args):
-    """Writes the data of `inputs` to args.out; any error leaves what was there. Returns the
-    metadata. Raises ConnectionError where a download is needed and fails."""
+    """Writes the data of `inputs` to args.out; an error before the new files are moved in leaves
+    what was there. Returns the metadata. Raises ConnectionError where a download fails."""
     name = args.tokenizer
     if name is None:
         name = "words" if inputs == ["demo"] else "gpt2"
@@ -486,10 +486,10 @@ def prepare(inputs, args):
     try:
         write_arrays(new, files, tokenizer, meta, args)
         if files == ["demo"]:
-            # To one who knows the labels, if any. It is the same for all of them.
+            # Given the label, if any: it is the same for every label.
             nats = entropy(drawn=frozenset((control, 1) for control in meta["controls"]))
             stories = meta["train_stories"] + meta["val_stories"]
-            tokens = meta["train_tokens"] + meta["val_tokens"]      # an END costs no nats
+            tokens = meta["train_tokens"] + meta["val_tokens"]      # ENDs count, at no nats
             meta["entropy_nats_per_story"] = nats
             meta["entropy_nats_per_token"] = nats * stories / tokens
         (new / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
@@ -506,7 +506,7 @@ def sha256_of(path):
 
 
 def read_meta(folder):
-    """The metadata in `folder` (dict). Raises ValueError where there are none or only damaged."""
+    """The metadata in `folder` (dict). Raises ValueError if they are missing or damaged."""
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -554,7 +554,7 @@ def rows_of(tokens, block_size, aligned=False):
     Contiguous rows are windows of block_size targets; a rest that fills none is left out.
     An aligned row is a story: its inputs begin with the END of the story before, its targets end
     with its own END. The first story begins at index -1, the file's last token, which is an END. A
-    story longer than block_size is cut into several rows. So each token is a target once."""
+    story longer than block_size is cut into several rows. So here each token is a target once."""
     if not aligned:
         rows = [(start, block_size) for start in range(0, len(tokens) - block_size, block_size)]
     else:
@@ -606,8 +606,8 @@ def complain(error):
 
 
 def command(main):
-    """Makes a function a script's main, which returns the exit status: an error is one line there,
-    no traceback; Ctrl-C is 130."""
+    """Decorates a script's main, so that it returns its exit status and prints an error as one line
+    on standard error, without a traceback. Ctrl-C gives 130."""
     def run():
         try:
             with contextlib.suppress(AttributeError):       # a notebook's stream has no such method
@@ -625,8 +625,8 @@ def command(main):
             return stop.code
         except (ValueError, OSError, MemoryError, FloatingPointError, OverflowError,
                 RuntimeError) as error:
-            # RuntimeErrors are bugs, except torch's out of memory and a process that lost the
-            # others: some of these have a class of their own, some only a text.
+            # RuntimeErrors are bugs, except out of memory and lost connections between processes:
+            # torch tells some of them by a class, some only by a text.
             outside = "OutOfMemory|out of memory|allocate memory|^Dist|[Cc]onnect|[Tt]imed out"
             if isinstance(error, RuntimeError) and not re.search(outside, repr(error)):
                 raise
@@ -662,8 +662,8 @@ def read_arguments():
     add("--tokenizer",
         help="gpt2, words (the demo stories', else bytes) or bytes (default: gpt2; for demo words)")
     add("--vocab", type=int,
-        help="tokens in the vocabulary, 257 to 50257: the first of GPT-2's, and END, so any text "
-             "still encodes (default: all 50257)")
+        help="tokens in the vocabulary, 257 or more: the first of GPT-2's, say, and END, so any "
+             "text still encodes (default: all, 50257 of GPT-2's)")
     add("--labels", action="store_true",
         help="label the demo stories, for the controller to read: they end with a hug (1) or with "
              "words (-1), begin long (1) or short (-1) (default: no labels)")

@@ -1617,8 +1617,8 @@ def test_prepare_labels(monkeypatch, tmp_path):
     ("good.txt --max_mb=-1", "--max_mb"),
     ("good.txt --tokenizer gpt5", "unknown tokenizer 'gpt5'"),
     ("good.txt --vocab=300", "bytes can have a vocabulary of 257 to 257, not of 300"),
-    ("good.txt --labels", "a label of 0 numbers, not 2"),
-    ("label.txt good.txt", "good.txt: a label of 0 numbers, not 1 as in the first story: 'a'"),
+    ("good.txt --labels", "a label of 0 numbers, not of 2"),
+    ("label.txt good.txt", "good.txt: a label of 0 numbers, not of 1 as expected: 'a'"),
     ("nan.txt", "nan.txt: '<|control|> nan' must be finite")])
 def test_prepare_bad_input(monkeypatch, tmp_path, capsys, args, says):
     """One clear line, status 2, and what lay in the output folder is as it was."""
@@ -2636,7 +2636,7 @@ def test_analyze_compares_logs(run_analyze):
     # The differences of the pairs are -0.1, -0.2 and -0.3: their sd is 0.1, and t(2) is 4.303.
     half = f"{4.303 * 0.1 / math.sqrt(3):.4f}"
     losses = ["2.0000", "0.1000", "-0.2000", "±", half]
-    expected = ["3", "2,013,568", "512", *losses, "3", "0.1000", "30"]
+    expected = ["3", "2013568", "512", *losses, "3", "0.1000", "30"]
     assert printed(out, "lr=0.002 n_ffn=604") == expected
     expected = ["nan", "+0.3000", "±", "nan", "1", "nan", "nan"]
     assert printed(out, "lr=0.001 n_ffn=604")[4:] == expected
