@@ -3,7 +3,7 @@ Write text with a trained model, and dose its modulators.
 
     python sample.py --prompt "Once upon a time"
     python sample.py --prompt "Once upon a time" --precision 0.5    # layers attend more broadly
-    python sample.py --prompt "Once upon a time" --control 1,0      # told what the labels told
+    python sample.py --prompt "Once upon a time" --control 1,0      # the labels' numbers
     python sample.py --prompt "Once upon a time" --trace gain       # colours show the controller
 """
 
@@ -50,7 +50,7 @@ def draw(logits, uniform, temperature=0.8, top_k=50, top_p=1.0):
 
 # ---- A CPU's matrices --------------------------------------------------------------------------
 class PackedLinear(nn.Module):
-    """Stands in for nn.Linear while a CPU multiplies few rows: the same result, sooner.
+    """Stands in for nn.Linear on a CPU: the same result, and sooner for few rows.
 
     Reading the weight then takes nearly all the time. So it is stored in parts, input by output,
     and each core reads parts of its own from beginning to end: 1.6 times the tokens/s on 2 cores.
@@ -77,7 +77,7 @@ class PackedLinear(nn.Module):
 
 
 def for_generation(model):
-    """A copy of the model in eval mode that shares its weights; a CPU's matrices are packed."""
+    """A copy of the model in eval mode. It shares the weights; a CPU's get packed copies, too."""
     # deepcopy takes what this holds for copied already.
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     model = copy.deepcopy(model, shared).eval()
@@ -102,7 +102,7 @@ def check_settings(max_new_tokens, temperature, top_k, top_p):
 
 
 def captured(step, memory, *inputs):
-    """step(*inputs), which reads one token per row, as a CUDA graph: recorded once, then replayed.
+    """-> a function like step for one token per row, recorded once as a CUDA graph, then replayed.
 
     A step launches some 300 small kernels, and a GPU runs them in less time than Python takes to
     launch them. All that the step reads and writes must stay where it is."""
@@ -144,7 +144,8 @@ def stream(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, see
     ids: the prompt (B, T) int64, T >= 1. temperature, top_k, top_p: see draw. Row r of seed s draws
     the same numbers whatever the batch; without a seed one is drawn from torch's generator. A row
     that has drawn end_token goes on yielding it; when all have, the stream ends (on a GPU up to 15
-    tokens later). edit changes the signals (B, T, L, 3) before use; control: (B, n_control).
+    tokens later). salience: instead of the config's. edit changes the signals (B, T, L, 3) before
+    use; control: (B, n_control).
     memory: an empty Memory(model, B), for a caller who wants to look into it between the tokens.
     When it is full, or a prompt too long, the last block_size // 2 tokens are kept and read again.
     On a GPU the step is captured, edit too: tensor operations only, no .item().
@@ -173,7 +174,7 @@ def stream(model, ids, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, see
             token = step(text[:, start:known], numbers[i])
         else:
             last = text[:, known - 1 : known]
-            if ids.is_cuda and i >= 3 and read_one is step:  # the first ones load kernels
+            if ids.is_cuda and i >= 3 and read_one is step:  # the first steps load kernels
                 read_one = captured(step, memory, last.clone(), numbers[i].clone())
             token = read_one(last, numbers[i])
         if end_token is not None:
@@ -202,7 +203,7 @@ class Row:
     def __init__(self, tokenizer, prompt):
         self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.waiting = prompt[1:]  # tokens that are not text yet; the first one ended another story
+        self.waiting = prompt[1:]  # tokens not shown yet; prompt[0] is END
         self.text = ""
         self.count = 0  # tokens drawn
         self.ended = False
@@ -220,7 +221,8 @@ class Row:
     def show(self, levels=()):
         """Makes the waiting tokens text; levels, of the tokens that were read last, colour them."""
         n = len(self.waiting)
-        padded = [None] * n + list(levels)  # a token that was not read has no colour
+        # Both end with the same token. One that was not read, or is no text, has no colour.
+        padded = [None] * n + list(levels)
         for token, level in zip(self.waiting, padded[len(levels) :], strict=True):
             text = self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
             self.text += text if level is None else paint(text, level)
@@ -228,8 +230,8 @@ class Row:
 
 
 def read_late(tokens):
-    """Yields a GPU's tokens (B,) on the host, each when the next one was asked for: the GPU does
-    not wait until Python has written a word."""
+    """Yields a GPU's tokens (B,) on the host, one step late, so that the GPU makes the next ones
+    while Python writes these."""
     earlier = None
     for drawn in tokens:
         on_host = drawn.to("cpu", non_blocking=True)  # into pinned memory
@@ -394,7 +396,7 @@ def main():
         levels = functools.partial(trace_levels, memory, args.trace, args.layer)
         scale = "".join(paint("  ", i / 8) for i in range(9))
         print(f"{args.trace}: half of neutral {scale} double\n")
-    rows = [Row(tokenizer, prompt) for _ in ids]
+    rows = [Row(tokenizer, prompt) for _ in range(args.num_samples)]
     start = time.perf_counter()
     tokens = stream(model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                     args.seed, args.salience, edit, tokenizer.eot_token, control, memory)

@@ -39,6 +39,10 @@ from ncn import SALIENCE, ModulatedLM, NCNConfig, load_file
 from prepare import command, complain, control_windows, read_labels, read_meta, read_tokens, windows
 from sample import generate
 
+# On the terminal and in OUT/training.log. Only rank 0 gives it handlers; elsewhere it is silent.
+log = logging.getLogger("train")
+
+
 # ---- Settings, each a flag of the same name ----------------------------------------------------
 MODEL = asdict(NCNConfig())  # the paper's sizes are the defaults
 MODEL["signals"] = "gain,precision,gate"
@@ -149,12 +153,6 @@ def settings_of(args, on_gpu, saved=None):
     if saved:
         settings = saved["settings"]
         notes = []
-        for name, value in given.items():
-            if value == settings[name]:
-                continue
-            if name in FIXED:
-                raise ValueError(f"--resume cannot change --{name}: it was {settings[name]}")
-            notes.append(f"--{name} changed from {settings[name]} to {value}")
     settings = settings | given
     for name in ("batch_size", "grad_accum", "log_interval", "eval_interval", "val_sequences"):
         if settings[name] < 1:
@@ -165,6 +163,18 @@ def settings_of(args, on_gpu, saved=None):
     if 0 < settings["max_steps"] < settings["warmup_steps"]:
         notes.append("max_steps is below warmup_steps: the peak learning rate is never reached")
     return settings, notes
+
+
+def changes(s, saved):
+    """Notes on what a resumed run does otherwise than the checkpoint `saved`. Raises ValueError."""
+    notes = []
+    for name, old in saved["settings"].items():
+        if s[name] == old:
+            continue
+        if name in FIXED:
+            raise ValueError(f"--resume cannot change --{name}: it was {old}")
+        notes.append(f"--{name} changed from {old} to {s[name]}")
+    return notes
 
 
 def config_of(s, vocab_size, n_control=0):
@@ -212,14 +222,14 @@ def from_rank_0(work):
 
 class StopSign:
     """Ctrl-C and SIGTERM ask for an orderly stop. A second one ends the process at once; not
-    under torchrun, which sends every process a second one anyway."""
+    one of several, which get torchrun's as well."""
 
     def __init__(self):
         self.number = 0
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name):  # Windows has no SIGHUP
                 number = getattr(signal, name)
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it: leave it so
                     signal.signal(number, self.receive)
 
     def receive(self, number, frame):
@@ -336,7 +346,8 @@ def choose_dtype(device, config):
             return "bf16", "this GPU has bf16 units"
         half = "fp16"
         size = 2048
-    # A small model's size decides, not a timing, so that runs to be compared use the same dtype.
+    # A small model's number of weights decides, no timing, so that runs to be compared use the same
+    # dtype.
     elif config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size) < 1.5e6:
         return "fp32", "the casts of so small a model cost more than bf16 saves"
     # Has this device units for it? Without, a CPU's products take up to 100 times as long, and some
@@ -376,14 +387,14 @@ def make_run(args, settings, model, device, dtype, meta, train, val):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     model.to(device).train()
     model.checkpoint_blocks = args.checkpoint_blocks
+    records = device.type == "cuda" and torch.version.cuda is not None  # not on ROCm
     # Checkpointing restores the random state, which a CUDA graph cannot record.
-    records = device.type == "cuda" and torch.version.cuda is not None
     records = records and not (args.checkpoint_blocks or args.no_record)
     bucket = 1
     if records or args.compile:  # each length needs a graph or a compilation of its own, so few
         bucket = math.gcd(64, settings["block_size"])  # no row may exceed block_size
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # a length needs two, to train and to validate
+        torch._dynamo.config.recompile_limit = 64  # a length needs several: train, validate, ...
         model.compile(dynamic=False)
     return Run(
         settings, model, optimizer, scaler, device, dtype, records, bucket, meta, train, val)
@@ -445,6 +456,8 @@ def start_or_resume(args, device):
     train = read_split(args, "train", meta, s)
     val = read_split(args, "val", meta, s)
     check_rows(args, s, train, val)
+    if saved:
+        notes += changes(s, saved)
     torch.manual_seed(s["seed"])
     if saved is None:
         model = new_model(args, s, config, meta, train.labels, initial)
@@ -469,7 +482,8 @@ def start_or_resume(args, device):
 
 
 def check_rows(args, s, train, val):
-    """Enters one epoch's steps, if asked. Raises ValueError where there is too little text."""
+    """Makes a max_steps of 0 one epoch's steps. Raises ValueError where there is too little text,
+    or where processes cannot share a step evenly."""
     if s["grad_accum"] % WORLD:
         raise ValueError(f"--grad_accum {s['grad_accum']} micro-batches cannot be shared by "
                          f"{WORLD} processes: choose a multiple of {WORLD}")
@@ -600,7 +614,7 @@ def validate(run):
             loss = run.model(x, y, control=control).task
             without_control = loss if control is None else run.model(x, y).task
         n = (y >= 0).sum()
-        stories = (y == run.meta["vocab_size"] - 1).sum()
+        stories = (y == run.meta["vocab_size"] - 1).sum()  # END is the last token
         sums += torch.stack([loss * n, without_control * n, n, stories]).cpu()
     run.model.train()
     nats, without_control, targets, stories = sum_over_processes(sums).tolist()
@@ -669,6 +683,7 @@ class Meter:
         """Writes the paper's log line. Raises FloatingPointError for a loss or a gradient that
         is not finite."""
         task, homeostatic = (sum_over_processes(self.nats) / self.targets).tolist()
+        # fp16's norm may be infinite: the scaler then leaves the step out.
         if not math.isfinite(task) or not (norm.isfinite() or run.scaler.is_enabled()):
             raise FloatingPointError(f"loss {task}, gradient norm {norm.item()}, try a lower --lr")
         speed = self.targets / (time.perf_counter() - self.clock)
@@ -682,12 +697,8 @@ class Meter:
                  f"| Scale: {run.scaler.get_scale():.1f} | Tok/s: {speed:.0f}{remark(run)}")
 
 
-# On the terminal and in OUT/training.log. Only rank 0 gives it handlers; elsewhere it is silent.
-log = logging.getLogger("train")
-
-
 def open_log(args, resumes):
-    """Opens the log, after an earlier run in the same folder has moved to OUT/previous/N."""
+    """Opens the log. Unless this run resumes, moves an earlier one to OUT/previous/N first."""
     log.setLevel(logging.INFO)
     log.propagate = False
     number = 1
@@ -763,6 +774,7 @@ def loop(args, run, stop):
                 save(args, run, "ckpt_latest.pt")
                 log.info(f"Interrupted after step {run.step}: go on with --resume")
                 sum_over_processes(torch.zeros(1))  # a barrier: when one exits, torchrun ends all
+                # The number is 0 where another process was asked.
                 raise SystemExit(128 + (stop.number or signal.SIGTERM))
             targets = targets_of_step(run, run.step)  # before the step, which raises run.step
             losses, norm = next(steps)
@@ -782,7 +794,7 @@ def loop(args, run, stop):
 def rescue(args, run, error):
     """After an error (a full disk, no memory, a bug): says so, and saves the last whole step."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, FloatingPointError):  # analyze.py reads this line
         log.info(f"Stopped: {reason} at step {run.step}")
     else:
         log.info(f"Failed after step {run.step}: {reason}")
@@ -795,7 +807,7 @@ def rescue(args, run, error):
 def bench(args, device):
     """Prints how fast steps on random tokens are, with the controller and without, alternately."""
     s, _ = settings_of(args, device.type == "cuda")
-    s = s | {"rows": "contiguous", "max_steps": 10**9}
+    s = s | {"rows": "contiguous", "max_steps": 10**9}  # the schedule wants an end
     vocab_size = 50257  # GPT-2's
     size = (s["batch_size"] + 1) * s["block_size"]
     tokens = np.random.default_rng(0).integers(vocab_size, size=size)
