@@ -388,20 +388,26 @@ def efficiency(run):
 
 
 def plot_sample_efficiency(fits, folder):
-    """sample_efficiency.png: the smoothed losses of (Run, Efficiency) and their power laws."""
-    fig, ax = plt.subplots(figsize=(10, 6))
+    """sample_efficiency.png: the smoothed losses of (Run, Efficiency) and their power laws, by
+    step, by time and by tokens."""
+    fig, axes = plt.subplots(1, 3, figsize=(10, 5), sharey=True)
     for i, (run, e) in enumerate(fits):
         colour = f"C{i}"
         a, b, c = e.law
         label = f"{run.name}: {a:.2f} + {b:.3g} s^-{c:.2f}, R² {e.r2:.3f}, SEI {e.sei:.3f}"
         active = slice(e.p95, e.p99 + 1)
-        ax.plot(e.step, e.loss, colour, label=label)
-        ax.plot(e.step, a + b * e.step**-c, "--", color=colour)
-        ax.plot(e.step[active], e.loss[active], colour, lw=7, alpha=0.35)
-    ax.set(xscale="log", xlabel="optimizer step s (log scale)", ylabel="loss (nats per token)")
-    ax.set_title("Dashed: the power law. Broad: the active phase, 95% to 99% of the improvement")
-    ax.legend()
-    save(fig, folder, "sample_efficiency.png")
+        minutes = run.minutes / run.step[-1] * e.step
+        for ax, x in zip(axes, (e.step, minutes, 60 * run.speed * minutes), strict=True):
+            ax.plot(x, e.loss, colour, label=label)
+            ax.plot(x, a + b * e.step**-c, "--", color=colour)
+            ax.plot(x[active], e.loss[active], colour, lw=7, alpha=0.35)
+    names = ("optimizer step s", "minutes of training", "tokens")
+    for ax, name in zip(axes, names, strict=True):
+        ax.set(xscale="log", xlabel=f"{name} (log scale)")
+    axes[0].set_ylabel("loss (nats per token)")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
+    title = "Dashed: the power law. Broad: the active phase, 95% to 99% of the improvement"
+    save(fig, folder, "sample_efficiency.png", title)
 
 
 def analyse_logs(paths, folder):
