@@ -373,7 +373,7 @@ class ModulatedLM(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() > 1:
-                usual = 4 * self.config.n_embd  # inputs at most: wider is only a wider FFN
+                usual = 4 * self.config.n_embd  # only a wider FFN's matrix has more inputs
                 std = min(p.size(1), usual) ** -0.5  # keeps the variance; embed has the head's
                 if name.endswith(("attn_out.weight", "ffn_out.weight")):  # as GPT-2, for any depth
                     std /= math.sqrt(2 * self.config.n_layer)
