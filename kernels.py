@@ -42,7 +42,7 @@ def rms_norm(x, weight, eps=1e-5):
     x (..., d), weight (d,) -> (..., d) of x's dtype. Zhang & Sennrich 2019."""
     if _launcher(x, weight) and weight.shape == x.shape[-1:]:
         return _RMSNorm.apply(x.contiguous(), weight.float().contiguous(), eps)
-    return F.rms_norm(_wide(x), weight.shape, _wide(weight), eps).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, eps)  # in fp32, too, whatever the dtypes
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -487,7 +487,7 @@ def _nvrtc(major):
 
 def _wide(x):
     """x in float32, or float64 where it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _name(kernel, *tensors):

@@ -209,7 +209,8 @@ class Controller(nn.Module):
 
 def heads(x, n):
     """(B, T, d) -> (B, n, T, d / n)."""
-    return x.unflatten(-1, (n, -1)).transpose(1, 2)
+    B, T, d = x.shape
+    return x.view(B, T, n, d // n).transpose(1, 2)
 
 
 def salience_step(scores, pooled, state):
@@ -270,7 +271,8 @@ class Block(nn.Module):
         """x + gain * gate * branch: a branch (B, T, d) joins the residual stream x (B, T, d).
 
         gain, gate: (B, T, 1). No gate is a gate of 1; no gain is the plain Transformer."""
-        branch = F.dropout(branch, self.dropout, self.training)
+        if self.training:
+            branch = F.dropout(branch, self.dropout)
         if gain is None:
             return x + branch
         # Backward, the branch's weights get their gradient times the same factor: Eq. 17,

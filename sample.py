@@ -19,6 +19,7 @@ import time
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.backends.cpu import get_cpu_capability
 
 from kernels import DEVICE_HELP, DEVICES, pick_device
 from ncn import SIGNALS, Memory, ModulatedLM, load_file
@@ -81,7 +82,8 @@ def for_generation(model):
     # deepcopy takes what this holds for copied already.
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     model = copy.deepcopy(model, shared).eval()
-    if model.embed.weight.device.type == "cpu":
+    # With AVX-512 plain products are as fast for one text, and a quarter faster for 16.
+    if model.embed.weight.device.type == "cpu" and get_cpu_capability() == "AVX2":
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, nn.Linear):

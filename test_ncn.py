@@ -1186,11 +1186,15 @@ def test_greedy_text_is_that_of_full_passes(config, salience, block_size, prompt
         assert torch.equal(logits[:, -1].argmax(-1), text[:, known])
 
 
-def test_generation_computes_the_same_and_changes_no_model():
+@pytest.mark.parametrize("cpu", ["AVX2", "AVX512"])  # with packed matrices and without
+def test_generation_computes_the_same_and_changes_no_model(monkeypatch, cpu):
+    monkeypatch.setattr(sample, "get_cpu_capability", lambda: cpu)
     model = lively(vocab_size=999, n_embd=6, n_ffn=7, ncn_hidden=5).train()
     before = copy.deepcopy(model.state_dict())
     ids = tokens(2, 9)
-    assert_near(sample.for_generation(model)(ids), model(ids), 1e-5)
+    fast = sample.for_generation(model)
+    assert isinstance(fast.blocks[0].qkv, sample.PackedLinear) == (cpu == "AVX2")
+    assert_near(fast(ids), model(ids), 1e-5)
     generate(model, ids, 9)
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
