@@ -784,6 +784,10 @@ def loop(args, run, stop):
             evaluates = run.step % s["eval_interval"] == 0 or run.step == s["max_steps"]
             if evaluates or run.step % s["log_interval"] == 0 or run.step == first:
                 meter.log(run, norm)
+                if first < run.step <= first + s["log_interval"]:  # the second line of the log
+                    per_step = (time.perf_counter() - meter.clock) / (run.step - first)
+                    minutes = per_step * (s["max_steps"] - run.step) / 60
+                    log.info(f"About {minutes:.1f} minutes to go, without validation")
                 if evaluates:
                     evaluate(args, run)
                     if on_terminal:
