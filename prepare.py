@@ -105,10 +105,12 @@ HOLE = "down in a"
 
 
 def gendered(she, he):
+    """A slot whose word follows from the hero's kind: `she` of a girl, `he` of a boy."""
     return "kind", dict.fromkeys(SHE.split("|"), she) | dict.fromkeys(HE.split("|"), he)
 
 
 def by_place(options):
+    """A slot whose word follows from the place: one of the options, in the order of PLACES."""
     return "place", dict(zip(PLACES.split("|"), options.split(", "), strict=True))
 
 

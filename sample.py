@@ -51,7 +51,7 @@ def draw(logits, uniform, temperature=0.8, top_k=50, top_p=1.0):
 
 # ---- A CPU's matrices --------------------------------------------------------------------------
 class PackedLinear(nn.Module):
-    """Stands in for nn.Linear on a CPU: the same result, and sooner for few rows.
+    """Stands in for nn.Linear on a CPU with AVX2: the same result, and sooner for few rows.
 
     Reading the weight then takes nearly all the time. So it is stored in parts, input by output,
     and each core reads parts of its own from beginning to end: 1.6 times the tokens/s on 2 cores.
