@@ -199,8 +199,10 @@ class Controller(nn.Module):
         mask = None
         if salience == "global" and real is not None:
             mask = real[:, None, None]  # (B, 1, 1, T)
-        pooled = F.scaled_dot_product_attention(
-            same_query, k, v, mask, is_causal=salience == "causal")  # (B, h, T or 1, e)
+        pooled = v  # what a single new token comes to
+        if memory is None or x.size(1) > 1:
+            pooled = F.scaled_dot_product_attention(
+                same_query, k, v, mask, is_causal=salience == "causal")  # (B, h, T or 1, e)
         if memory is not None:
             scores = (q.float() * k.float()).sum(-1) / math.sqrt(q.size(-1))  # (B, h, T)
             pooled = salience_step(scores, pooled.float(), memory.salience).to(v.dtype)
