@@ -3,7 +3,7 @@ Neuromodulatory Control Networks (NCN): the whole model in one file. The operati
 runs as one kernel each are in kernels.py, beside their definitions in plain PyTorch.
 
 A Transformer computes the same way for every token. A brain does not: a few small nuclei broadcast
-noradrenaline, acetylcholine or dopamine, and the same circuits become more sensitive, more focused,
+noradrenaline or acetylcholine, and the same circuits become more sensitive, more focused,
 more active. Here a small controller network reads the token embeddings and emits, for every token
 and every layer, three numbers:
 
@@ -79,7 +79,7 @@ class NCNConfig:
             if self.n_embd % getattr(self, name):
                 heads = getattr(self, name)
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by {name} {heads}")
-        if self.block_size < 2:  # when the window is full, generation drops its older half
+        if self.block_size < 2:  # generation drops half of a full context
             raise ValueError(f"block_size is {self.block_size}, it must be at least 2")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, it must be in [0, 1)")
@@ -109,7 +109,7 @@ class RMSNorm(nn.Module):
 
 
 def signals_of(z):
-    """Table 1: z (..., 3) -> signals (..., 3), float32. kernels.cu has these formulas, too."""
+    """z (..., 3) -> signals (..., 3), float32 (the paper's Table 1). kernels.cu has this, too."""
     z = z.float()
     gain = 2 * torch.sigmoid(z[..., 0])  # Eq. 5
     precision = (F.softplus(z[..., 1]) + 0.01).clamp(max=4)  # Eq. 6
@@ -120,9 +120,9 @@ def signals_of(z):
 class Controller(nn.Module):
     """The neuromodulatory nuclei: embeddings in, three signals per token and layer out.
 
-    Tonic context c (what kind of text is this?) by salience pooling, phasic input x (what is this
-    token?), if asked for a control from outside (what is wanted?), and a small MLP over their sum
-    that decides, for each layer, how to process the token."""
+    It sums the tonic context c (what kind of text is this?), the phasic input x (what is this
+    token?) and, if there is one, a control from outside (what is wanted?). A small MLP reads the
+    sum and decides, for each layer, how to process the token."""
 
     def __init__(self, config):
         super().__init__()
@@ -131,7 +131,7 @@ class Controller(nn.Module):
         self.ncn_heads = config.ncn_heads
         self.pools = config.salience not in ("token", "constant")
         if self.pools:
-            self.query = nn.Parameter(torch.empty(1, d))  # learned, the "top-down attentional set"
+            self.query = nn.Parameter(torch.empty(1, d))  # learned: what makes a token matter
             self.in_proj = nn.Linear(d, 3 * d)  # query, key, value of a multi-head attention
             self.out_proj = nn.Linear(d, d)
         self.control = None
@@ -140,14 +140,15 @@ class Controller(nn.Module):
         self.norm = RMSNorm(d)
         self.layer1 = nn.Linear(d, config.ncn_hidden)
         self.layer2 = nn.Linear(config.ncn_hidden, self.n_layer * 3)
-        driven = torch.tensor([name in config.signals for name in SIGNALS])
+        driven = torch.tensor([name in config.signals for name in SIGNALS])  # the others stay at 1
         self.register_buffer("driven", driven, persistent=False)
         self.drives_all = len(config.signals) == len(SIGNALS)
 
     def start_neutral(self):
         """Section 4.1.4: bias z so that gain = 1, precision = 1, gate = 0.953.
 
-        To be called after all other initialisation; the authors' own code loses it there."""
+        To be called after all other initialisation: in the authors' own code, that overwrites it.
+        """
         with torch.no_grad():
             self.layer2.weight.mul_(0.01)  # the signals start at the biases' values, yet can learn
             self.layer2.bias.copy_(torch.tensor([0.0, 0.525, 3.0]).repeat(self.n_layer))
@@ -168,8 +169,8 @@ class Controller(nn.Module):
             u = self.context(x, salience, memory, real) + x  # Eq. 2, Eq. 13: (B, T, d)
         if control is not None:
             u = u + self.control(control.to(self.control.weight.dtype))
-        hidden = torch.tanh(self.layer1(self.norm(u)))  # (B, T, ncn_hidden)
-        z = self.layer2(hidden)  # Eq. 3, Eq. 14: (B, T, 3 L)
+        hidden = torch.tanh(self.layer1(self.norm(u)))  # Eq. 3, Eq. 14: (B, T, ncn_hidden)
+        z = self.layer2(hidden)  # (B, T, 3 L)
         z = z.unflatten(-1, (self.n_layer, 3))  # Eq. 4: (B, T, L, 3)
         signals = actuate(z, signals_of)  # Eq. 5 to 7, on a GPU in one kernel
         if not self.drives_all:
@@ -199,11 +200,11 @@ class Controller(nn.Module):
         mask = None
         if salience == "global" and real is not None:
             mask = real[:, None, None]  # (B, 1, 1, T)
-        pooled = v  # what a single new token comes to
+        pooled = v  # a single new token: its average is its value
         if memory is None or x.size(1) > 1:
-            pooled = F.scaled_dot_product_attention(
-                same_query, k, v, mask, is_causal=salience == "causal")  # (B, h, T or 1, e)
-        if memory is not None:
+            pooled = F.scaled_dot_product_attention(  # Eq. 1: (B, h, T or 1, e)
+                same_query, k, v, mask, is_causal=salience == "causal")
+        if memory is not None:  # so far the new tokens saw one another; now what came before, too
             scores = (q.float() * k.float()).sum(-1) / math.sqrt(q.size(-1))  # (B, h, T)
             pooled = salience_step(scores, pooled.float(), memory.salience).to(v.dtype)
         return self.out_proj(pooled.transpose(1, 2).flatten(2))
@@ -229,7 +230,7 @@ def salience_step(scores, pooled, state):
     before, average = state
     total = torch.logaddexp(before, scores.logcumsumexp(-1))  # (B, h, T)
     share_before = (before - total).exp()[..., None]  # (B, h, T, 1), of all weight; 0 at the start
-    pooled = torch.lerp(pooled, average, share_before)
+    pooled = torch.lerp(pooled, average, share_before)  # pooled + share (average - pooled)
     before.copy_(total[..., -1:].detach())
     average.copy_(pooled[:, :, -1:].detach())
     return pooled
@@ -255,9 +256,10 @@ class Block(nn.Module):
 
     def attention(self, x, precision=None, memory=None):
         """x (B, T, d), precision (B, T, 1) -> (B, T, d)."""
-        q, k, v = heads(self.qkv(x), 3 * self.n_head).chunk(3, dim=1)  # (B, h, T, e) each
-        if precision is not None:  # it sharpens or flattens; keys stay, so that they can be cached
-            q = q * precision[:, None].to(q.dtype)  # Eq. 8
+        qkv = heads(self.qkv(x), 3 * self.n_head)  # (B, 3 h, T, e): those of q, of k, of v
+        q, k, v = qkv.chunk(3, dim=1)  # (B, h, T, e) each
+        if precision is not None:  # the asking token's: so it scales the query, not the keys
+            q = q * precision[:, None].to(q.dtype)  # Eq. 8: (B, h, T, e)
         if memory is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # Eq. 9: (B, h, T, e)
         else:
@@ -312,13 +314,13 @@ class Memory:
         self.slots = torch.arange(c.block_size, device=weight.device)
         self.position = self.slots[:1].clone()  # how many tokens were read, on the device
         self.signals = None  # of the tokens read last, as the blocks got them: (B, T, L, 3)
-        self.end = 0  # slots that the tokens being read look at
+        self.end = 0  # how many slots the tokens being read look at
         self.mask = None  # which of these each of them sees, (T, end); None: all
         self.clear()
 
     def clear(self):
         """Forgets everything."""
-        self.length = 0  # the same number, on the host
+        self.length = 0  # the same number as position, on the host
         self.position.zero_()
         self.salience[0].fill_(-math.inf)  # the log of a sum of no weights
 
@@ -361,7 +363,7 @@ class ModulatedLM(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        seed = int(torch.randint(2**31, ()))  # drawn before anything that differs between variants
+        seed = int(torch.randint(2**31, ()))  # drawn first, so that all variants draw the same one
         self.config = config
         self.checkpoint_blocks = False  # keep only a block's input, compute it again in backward
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output head
@@ -378,7 +380,7 @@ class ModulatedLM(nn.Module):
                 nn.init.zeros_(p)
             elif p.dim() > 1:
                 usual = 4 * self.config.n_embd  # only a wider FFN's matrix has more inputs
-                std = min(p.size(1), usual) ** -0.5  # keeps the variance; embed has the head's
+                std = min(p.size(1), usual) ** -0.5  # keeps the variance; embed is the head, too
                 if name.endswith(("attn_out.weight", "ffn_out.weight")):  # as GPT-2, for any depth
                     std /= math.sqrt(2 * self.config.n_layer)
                 # A generator of its own, named after the matrix: whatever a variant adds, the
@@ -387,8 +389,7 @@ class ModulatedLM(nn.Module):
                 for columns in p.split(usual, dim=1):  # a wider FFN has the same first units
                     columns.data.copy_(std * torch.randn(columns.shape, generator=own))
         # Position embeddings are learned, but start as sinusoids (Vaswani et al. 2017) of the same
-        # size: "the token before" is then one rotation for all positions. On the demo stories that
-        # saves a tenth of the steps.
+        # size: "the token before" is then one rotation for all positions.
         T, d = self.position.weight.shape
         phase = torch.arange(T)[:, None] * 1e-4 ** torch.linspace(0, 1, (d + 1) // 2)
         sinusoids = torch.cat([phase.sin(), phase.cos()], dim=1)[:, :d]
@@ -536,7 +537,7 @@ class ModulatedLM(nn.Module):
         return model.eval()
 
 
-THEIR_NAMES = {  # parts of the authors' names -> ours, a longer one before what is part of it
+THEIR_NAMES = {  # parts of the authors' names -> ours, longer ones first
     "token_embeddings.": "embed.", "position_embeddings.": "position.", "final_norm.": "norm.",
     "ncn.control_query": "controller.query", "ncn.pooling_attn.in_proj_": "controller.in_proj.",
     "ncn.pooling_attn.": "controller.", "ncn.ncn_norm.": "controller.norm.", "ncn.": "controller.",
@@ -586,7 +587,7 @@ def load_file(path):
 
 # ---- A demonstration: `python ncn.py` ----------------------------------------------------------
 def retrieval(n):
-    """n sequences of a task that wants another precision in each of its two regimes.
+    """n sequences of a task that wants a different precision in each of its two regimes.
 
     A sequence is a regime, eight pairs (key, value), a token each, and a query, one of the keys.
     Regime 0, "retrieve": the answer is the query's value. Regime 1, "any": any of the eight values.
@@ -595,9 +596,10 @@ def retrieval(n):
     keys = torch.rand(n, 8).argsort(1)  # (n, 8), all eight of them in any order
     values = torch.randint(8, (n, 8))
     asked = torch.randint(8, (n, 1))
-    told = torch.where(regime == 0, asked, torch.randint(8, (n, 1)))
+    pair = torch.where(regime == 0, asked, torch.randint(8, (n, 1)))  # whose value is the answer
     query = keys.gather(1, asked)
-    answer = values.gather(1, told)
+    answer = values.gather(1, pair)
+    # The vocabulary: 2 regimes, 64 pairs, 8 queries, 8 answers.
     ids = torch.cat([regime, 2 + 8 * keys + values, 66 + query], dim=1)
     targets = torch.full_like(ids, -1)
     targets[:, -1:] = 74 + answer
@@ -655,7 +657,7 @@ def main():
     torch.manual_seed(0)
     model = ModulatedLM(NCNConfig()).eval()
     ids = torch.randint(model.config.vocab_size, (1, 64))
-    print("1. Parameters at the paper's sizes; gain, precision and gate at the start")
+    print("1. Parameters at the paper's sizes; then gain, precision and gate at the start")
     for name, part in [("controller", model.controller), ("all", model)]:
         print(f"   {name:12}{sum(p.numel() for p in part.parameters()):>12,}")
     print("  ", *(f"{mean:.4f}" for mean in model.signals(ids).mean((0, 1, 2))))
@@ -663,8 +665,9 @@ def main():
         nn.init.normal_(model.controller.layer2.weight)  # as if it had learned: signals move
         show_leak(model, ids)
     show_shielding(model.blocks[0])
-    print("4. One head, two regimes: look a value up, or take any. Nats above the best possible,\n"
-          "   and the precision:   retrieve            any")
+    print("4. One head, two regimes: retrieve a key's value, or name any value.\n"
+          "   Nats above the best possible loss (and the mean precision):\n"
+          f"   {'':15}{'retrieve':>16}{'any':>16}")
     for name, signals in (("static", ()), ("precision alone", ("precision",)), ("all", SIGNALS)):
         *_, model = learn(0, signals=signals)
         print(f"   {name:15}", *(f"{nats:8.3f} ({beta:.2f})" for nats, beta in judge(model)))

@@ -2840,7 +2840,7 @@ def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
 
 def with_head_gates(source):
     """ncn.py with the README's own signal, hunk by hunk."""
-    diff = re.search(r"^```diff\n(.*?)^```", README, re.S | re.M)[1]
+    diff = re.search(r"^```diff\n(@@.*?)^```", README, re.S | re.M)[1]
     for hunk in diff.split("@@\n")[1:]:
         lines = hunk.splitlines(keepends=True)
         old = "".join(line[1:] for line in lines if line[0] != "+")
