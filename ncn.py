@@ -79,7 +79,7 @@ class NCNConfig:
             if self.n_embd % getattr(self, name):
                 heads = getattr(self, name)
                 raise ValueError(f"n_embd {self.n_embd} is not divisible by {name} {heads}")
-        if self.block_size < 2:  # generation drops half of a full context
+        if self.block_size < 2:  # generation reads the last half of a full context again
             raise ValueError(f"block_size is {self.block_size}, it must be at least 2")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, it must be in [0, 1)")
@@ -147,10 +147,11 @@ class Controller(nn.Module):
     def start_neutral(self):
         """Section 4.1.4: bias z so that gain = 1, precision = 1, gate = 0.953.
 
-        To be called after all other initialisation: in the authors' own code, that overwrites it.
+        To be called last: in the authors' own code, the other initialisation overwrites it.
         """
         with torch.no_grad():
-            self.layer2.weight.mul_(0.01)  # the signals start at the biases' values, yet can learn
+            # The signals start at the biases' values, yet can learn. softplus(0.525) + 0.01 = 1.
+            self.layer2.weight.mul_(0.01)
             self.layer2.bias.copy_(torch.tensor([0.0, 0.525, 3.0]).repeat(self.n_layer))
 
     def forward(self, x, salience, control=None, memory=None, real=None):
@@ -204,7 +205,7 @@ class Controller(nn.Module):
         if memory is None or x.size(1) > 1:
             pooled = F.scaled_dot_product_attention(  # Eq. 1: (B, h, T or 1, e)
                 same_query, k, v, mask, is_causal=salience == "causal")
-        if memory is not None:  # so far the new tokens saw one another; now what came before, too
+        if memory is not None:  # pooled covers the new tokens only: joins what came before
             scores = (q.float() * k.float()).sum(-1) / math.sqrt(q.size(-1))  # (B, h, T)
             pooled = salience_step(scores, pooled.float(), memory.salience).to(v.dtype)
         return self.out_proj(pooled.transpose(1, 2).flatten(2))
@@ -379,7 +380,7 @@ class ModulatedLM(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() > 1:
-                usual = 4 * self.config.n_embd  # only a wider FFN's matrix has more inputs
+                usual = 4 * self.config.n_embd  # inputs of ffn_out, unless n_ffn says more
                 std = min(p.size(1), usual) ** -0.5  # keeps the variance; embed is the head, too
                 if name.endswith(("attn_out.weight", "ffn_out.weight")):  # as GPT-2, for any depth
                     std /= math.sqrt(2 * self.config.n_layer)
@@ -446,7 +447,7 @@ class ModulatedLM(nn.Module):
         return self.norm(x), signals
 
     def logits(self, x):
-        """The output head: hidden states (..., d) -> logits (..., V)."""
+        """The output head: hidden states (..., d) -> logits (..., V). The loss does without it."""
         return F.linear(x, self.embed.weight)
 
     def forward(self, ids, targets=None, memory=None, salience=None, edit=None, control=None):
