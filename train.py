@@ -54,8 +54,8 @@ PAPER = MODEL | dict(
     eval_interval=500, val_sequences=3200, log_interval=20, seed=42)
 LAPTOP = PAPER | dict(
     n_layer=3, n_head=4, n_embd=128, ncn_hidden=32, homeostatic_lambda=0.1, dropout=0.0,
-    rows="aligned", batch_size=4, grad_accum=2, max_steps=2000, lr=3e-3, embed_lr=3e-3,
-    beta2=0.99, eval_interval=100, val_sequences=256, log_interval=10)
+    rows="aligned", batch_size=4, grad_accum=2, max_steps=2000, lr=3e-3, beta2=0.99,
+    eval_interval=100, val_sequences=256, log_interval=10)
 HELP = {
     "training": {
         "max_steps": "optimizer steps; 0: one epoch",
@@ -63,8 +63,8 @@ HELP = {
         "grad_accum": "micro-batches per optimizer step, over all processes",
         "lr": "peak learning rate; a cosine leads to 0 after the last step. A wider model wants a "
               "lower one, twice the width about a third",
-        "embed_lr": "peak learning rate of the token and position embeddings, the same for every "
-                    "width; 0: as --lr",
+        "embed_lr": "peak learning rate of the token and position embeddings, which a wider model "
+                    "does not want lower; 0: as --lr",
         "seed": "of the weights, the data order and the dropout",
         "rows": "contiguous: the text cut every block_size tokens; aligned: a story each, padded",
     },
