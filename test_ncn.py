@@ -1186,6 +1186,14 @@ def test_greedy_text_is_that_of_full_passes(config, salience, block_size, prompt
         assert torch.equal(logits[:, -1].argmax(-1), text[:, known])
 
 
+def test_a_branch_drops_in_training_alone():
+    block = lively(dropout=0.5).blocks[0]
+    ones = torch.ones(50, 9, block.ffn_norm.weight.numel())
+    added = block.train().add(torch.zeros_like(ones), ones)
+    assert set(added.unique().tolist()) == {0, 2}  # half of them, twice as large
+    assert torch.equal(block.eval().add(torch.zeros_like(ones), ones), ones)
+
+
 @pytest.mark.parametrize("cpu", ["AVX2", "AVX512"])  # with packed matrices and without
 def test_generation_computes_the_same_and_changes_no_model(monkeypatch, cpu):
     monkeypatch.setattr(sample, "get_cpu_capability", lambda: cpu)
@@ -1970,6 +1978,7 @@ def test_train_log_is_the_papers(whole):
     steps, validations = losses_of(whole)
     assert [int(step) for step, *_ in steps] == [1, 2, 4, 6, 8, 10, 12]
     assert len(validations) == 3
+    assert len(re.findall(STAMP + r"About \d+\.\d minutes to go", log_of(whole), re.M)) == 1
     assert re.search(STAMP + r"Training Complete\.\n\Z", log_of(whole), re.M)
     for _, loss, _, perplexity, _ in steps:
         assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-4)
