@@ -194,15 +194,15 @@ class Controller(nn.Module):
             return self.out_proj(v)
         q = F.linear(self.query, weight[:d], bias[:d])[None]  # (1, 1, d)
         q, k, v = (heads(y, self.ncn_heads) for y in (q, k, v))  # (1, h, 1, e), (B, h, T, e) twice
-        asking = 1 if salience == "global" else x.size(1)  # `global` asks once for all positions
-        # Contiguous, because the backward pass of bf16 attention on a CPU takes 500 times as long
-        # for a query that was only expanded.
-        same_query = q.expand(len(x), -1, asking, -1).contiguous()  # (B, h, T or 1, e)
-        mask = None
-        if salience == "global" and real is not None:
-            mask = real[:, None, None]  # (B, 1, 1, T)
         pooled = v  # a single new token: its average is its value
         if memory is None or x.size(1) > 1:
+            asking = 1 if salience == "global" else x.size(1)  # `global` asks once for all
+            # Contiguous, because the backward pass of bf16 attention on a CPU takes 500 times as
+            # long for a query that was only expanded.
+            same_query = q.expand(len(x), -1, asking, -1).contiguous()  # (B, h, T or 1, e)
+            mask = None
+            if salience == "global" and real is not None:
+                mask = real[:, None, None]  # (B, 1, 1, T)
             pooled = F.scaled_dot_product_attention(  # Eq. 1: (B, h, T or 1, e)
                 same_query, k, v, mask, is_causal=salience == "causal")
         if memory is not None:  # pooled covers the new tokens only: joins what came before
