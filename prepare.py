@@ -30,7 +30,7 @@ END = "<|endoftext|>"               # ends every story, in the text and in the t
 CONTROL = "<|control|>"             # begins a label line, a story's first: "<|control|> 1 0.5"
 BLOCK = 4 << 20                     # bytes read and tokenised at a time
 LONGEST = 16 << 20                  # bytes in one story: what bounds the memory
-DEMO_MB = 24                        # more than the laptop preset reads in its one epoch
+DEMO_MB = 24                        # three times what the laptop preset reads
 TINYSTORIES = ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
                "TinyStoriesV2-GPT4-train.txt")
 ARRAYS = "train", "val", "train.control", "val.control"         # NAME.bin, each as one array
@@ -55,7 +55,7 @@ def tokenizer_of(meta):
             raise ConnectionError("the GPT-2 vocabulary is neither cached nor reachable: "
                                   "go online once") from None
         # The bytes come first, then what each merge makes, in the order in which the merges were
-        # learned and are applied. So the first of these tokens are a tokenizer of their own.
+        # learned and are applied. So the first n of them are a smaller tokenizer of their own.
         tokens = list(gpt2._mergeable_ranks)
         pattern = gpt2._pat_str
     elif name == "words":
@@ -295,9 +295,9 @@ def grammar_words():
 @functools.cache
 def entropy(todo=("story",), drawn=frozenset()):
     """The exact entropy (nats) of a story, or of its rest: the chain rule, over every option of
-    every slot. `todo`: the slots to come, in reading order. `drawn`: pairs (slot, option), with
-    None for options that no slot looks up, so that stories which go on alike share one cached sum;
-    and the pairs (control, number) of a label that is known."""
+    every slot. `todo`: the slots to come, in reading order. `drawn`: pairs (slot, option), and the
+    pairs (control, number) of a label that is known. An option that no later slot looks up is None,
+    so that stories which go on alike share one cached sum."""
     if not todo:
         return 0.0
     slot = todo[0]
@@ -361,24 +361,17 @@ def demo_blocks(seed, labels):
         yield "".join(f"{story}\n{END}\n" for story in stories).encode()
 
 
-def read_texts(files, args, sources):
+def read_texts(files, args):
     """Yields (path, text): the bytes of whole stories, about BLOCK at a time, to the last one
-    within args.max_mb of all text. Enters the name, size and sha256 of what it read in the list
-    `sources`."""
+    within args.max_mb of all text."""
     default_mb = DEMO_MB if "demo" in files else 1e9
     room = max(0, int(1e6 * (args.max_mb or default_mb)))
     for path in files:
         blocks = demo_blocks(args.seed, args.labels) if path == "demo" else read_blocks(path)
-        source = {"name": str(path), "bytes": 0}
-        sources.append(source)
-        digest = hashlib.sha256()
-        rest = b""
+        rest = b""                          # the beginning of a story
         for block in blocks:
             block = block[:room]
             room -= len(block)
-            digest.update(block)
-            source["bytes"] += len(block)
-            source["sha256"] = digest.hexdigest()
             text, end, rest = (rest + block).rpartition(END.encode())
             yield path, text + end
             if room == 0:                   # what is left may have been cut off
@@ -421,14 +414,14 @@ def split_of(story, first_stories, args):
 def write_arrays(folder, files, tokenizer, meta, args):
     """Writes the tokens and labels of `files` (paths or "demo") to `folder`, and enters in `meta`
     what they are. Raises ValueError for unusable text."""
-    meta.update(sources=[], train_stories=0, val_stories=0, train_tokens=0, val_tokens=0)
+    meta.update(train_stories=0, val_stories=0, train_tokens=0, val_tokens=0)
     if args.labels:
         meta["controls"] = CONTROLS
     cores = os.cpu_count()
     first_stories = {}
     with contextlib.ExitStack() as stack:
         outputs = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in ARRAYS}
-        for path, text in tqdm(read_texts(files, args, meta["sources"]), disable=None):
+        for path, text in tqdm(read_texts(files, args), disable=None):
             batch = {"train": [], "val": []}
             try:
                 for story, label in read_stories(text):
@@ -676,6 +669,9 @@ def read_arguments():
         help="MB (10^6 bytes) of text to use, to the last whole story (default and 0: all; demo: "
              f"{DEMO_MB})")
     args = parser.parse_args()
+    if args.labels and "demo" not in args.input:
+        raise ValueError("--labels is for the demo stories: prepare.py demo --labels. In a text of "
+                         f"your own, write label lines: {CONTROL} 1 0.5")
     if not 0 < args.val_fraction < 1:
         raise ValueError(f"--val_fraction is {args.val_fraction}, but must lie between 0 and 1")
     return args
