@@ -14,9 +14,8 @@ Verdict (paper, section 4.1.2): a straight line is fitted by least squares to th
 the last 15% of the steps. A slope within 0.001 nats per 1,000 steps of zero is "Converged", a
 falling line "Still improving", a rising one "Diverging". That slope has a 98% interval (Student's
 t, wider where neighbouring errors correlate). If the interval excludes zero, this verdict stands.
-If it holds zero, the run is "Converged", provided that half the interval's width is below the
-threshold, or that this half-width makes less over the window than the scatter of single points.
-Else the verdict stands, and says that it is uncertain.
+Else the run is "Converged", if half the interval is below the threshold, or makes less over the
+window than the scatter of single points. Else the slope's verdict stands, marked as uncertain.
 Below 5 points it is "Undecided"; a run that ends in a NaN or infinite loss is "Diverging". A loss
 flattens as the learning rate falls: more training may help a "Converged" run.
 
@@ -62,7 +61,7 @@ from tqdm import tqdm
 import prepare
 from kernels import DEVICE_HELP, DEVICES, pick_device
 from ncn import SIGNALS, write_file
-from prepare import SLOTS, command, complain
+from prepare import SLOTS, command, complain, prompt_tokens
 from sample import generate, load_model
 
 # Okabe and Ito's colours stay apart for every kind of colour vision. matplotlib calls them "C0"
@@ -102,7 +101,7 @@ LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) \[INFO\] (.*)")
 STEP = re.compile(rf"Step: (\d+) \|.*?\| Loss: {NUMBER} \|.*?Tok/s: {NUMBER}", re.I)
 VALIDATION = re.compile(rf"Validation Result: Loss: {NUMBER}(?: \||$)", re.I)
 STOPPED = re.compile(r"Stopped: .* at step (\d+)")  # train.py's last words: a loss is not finite
-# The lines that say what a run is, by the word that tells them apart.
+# The lines that say what a run is, each known by a word.
 HEAD = re.compile(r"(?:[\d,]+ )?(parameters|Settings|Data|fp32|bf16|fp16)\b.+")
 
 
@@ -181,7 +180,8 @@ def last_run(rows):
 
 
 def minutes_of(by_step):
-    """Minutes of training: the median time per step, which skips validations, times the steps."""
+    """Minutes of training: the median time per step, times the steps. The median skips validations,
+    where they come less often than log lines."""
     if len(by_step) < 2:
         return math.nan
     steps = list(by_step)
@@ -266,7 +266,7 @@ class Verdict:
 def judge(slope, half, drift, scatter):
     """The verdict's name and reason, as the head of this file defines it.
 
-    slope, half: nats per 1,000 steps; drift: half times the window's length, in nats."""
+    slope, half: nats per 1,000 steps; drift: what half makes over the window, in nats."""
     threshold = 0.001
     if abs(slope) < threshold:
         trend = "Converged"
@@ -294,7 +294,7 @@ def verdict(run):
         rest = y - v.loss - v.slope * d
         scatter = math.sqrt(rest @ rest / (len(x) - 2))
         error = scatter / math.sqrt(d @ d)
-        if scatter > 0:  # neighbours that err together count as fewer points (first order)
+        if scatter > 0:  # points whose neighbours err alike count as (1 - r) / (1 + r)
             r = np.clip(rest[1:] @ rest[:-1] / (rest @ rest), 0, 0.9)
             error *= math.sqrt((1 + r) / (1 - r))
         v.half = student_t(0.98, len(x) - 2) * error
@@ -366,10 +366,13 @@ def fit_power_law(step, loss):
     """Least squares of a + b s^-c, a >= 0 -> (a, b, c), R²."""
     fits = []
     for c in np.geomspace(0.02, 4, 160):  # for a given c the best a and b are linear least squares
-        b, a = np.polyfit(step**-c, loss, 1)
-        error = np.sum((a + b * step**-c - loss) ** 2)
-        if a >= 0:
-            fits.append((error, a, b, c))
+        powers = step**-c
+        b, a = np.polyfit(powers, loss, 1)
+        if a < 0:  # then the best with a >= 0 has none
+            a = 0
+            b = powers @ loss / (powers @ powers)
+        error = np.sum((a + b * powers - loss) ** 2)
+        fits.append((error, a, b, c))
     error, *law = min(fits)
     return law, 1 - error / np.sum((loss - loss.mean()) ** 2)
 
@@ -594,6 +597,7 @@ def plot_comparison(groups, first, folder):
         left.plot(steps, losses.mean(axis=0), **style, label=f"{label} ({len(group)})")
         right.plot(minutes, losses.mean(axis=0), **style)
         seeds = first.keys() & group.keys()
+        # The first group's runs, then this group's, all at the same steps.
         steps, losses = curves([runs[seed] for runs in (first, group) for seed in seeds])
         differences = losses[len(seeds) :] - losses[: len(seeds)]
         below.errorbar(steps, differences.mean(axis=0), interval(differences), **style, capsize=3)
@@ -662,13 +666,13 @@ def print_signals(signals):
 
 def scan(model, tokenizer, text, title, folder):
     """What the controller does to one text: tables and brain_scan.png."""
-    tokens = tokenizer.encode_ordinary(text)[: model.config.block_size]
-    if not tokens:
+    tokens = prompt_tokens(tokenizer, text)[: model.config.block_size]  # END and the text
+    if len(tokens) == 1:
         raise ValueError('the text has no tokens: give some, as in --scan "Once upon a time"')
     ids = torch.tensor([tokens], device=model.embed.weight.device)
-    signals = model.signals(ids)[0, ..., :3].cpu().numpy()  # (T, L, 3): not those you may add
-    labels = [tokenizer.decode([t]).replace(" ", "·").replace("\n", "↵") for t in tokens]
-    print(f"\nSpecialisation: mean ± standard deviation of each signal over {len(tokens)} tokens")
+    signals = model.signals(ids)[0, 1:, :, :3].cpu().numpy()  # (T, L, 3): not those you may add
+    labels = [tokenizer.decode([t]).replace(" ", "·").replace("\n", "↵") for t in tokens[1:]]
+    print(f"\nSpecialisation: mean ± standard deviation of each signal over {len(labels)} tokens")
     print_signals(signals)
     print("\nPhasic reactivity: where each signal moves most (mean size of the layers' changes)")
     jumps = np.abs(np.diff(signals, axis=0)).mean(axis=1)  # (T - 1, 3)
@@ -758,7 +762,7 @@ def audit(model, batches, title, folder):
     trained = losses.pop("as trained")
     added = {label: loss - trained for label, loss in losses.items()}
     errors = {label: 2 * x.std(ddof=1) / math.sqrt(len(x)) for label, x in added.items()}
-    print(f"\nValidation loss as trained: {trained.mean():.4f}. With signals pinned it changes by "
+    print(f"\nLoss on up to 64 validation rows: {trained.mean():.4f}. With signals pinned it changes by "
           "(±: two standard errors, paired)")
     for label, x in added.items():
         print(f"{label:17}  {x.mean():+.5f} ± {errors[label]:.5f}")
