@@ -193,7 +193,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join_processes(device):
-    """Makes the processes a group. CPU tensors go through gloo, also where a GPU's use NCCL."""
+    """Makes the processes a group. gloo carries CPU tensors, and NCCL a GPU's, where it can."""
     if WORLD == 1:
         return
     store = None
@@ -223,8 +223,8 @@ def from_rank_0(work):
 
 
 class StopSign:
-    """Ctrl-C and SIGTERM ask for an orderly stop. A second one ends the process at once; not
-    one of several, which get torchrun's as well."""
+    """Ctrl-C and SIGTERM ask for an orderly stop. A second one ends the process at once. Of several
+    processes it does not, since torchrun passes its own on."""
 
     def __init__(self):
         self.number = 0
@@ -278,9 +278,9 @@ def rows_of_micro_batch(run, number):
     return rows[order[place * size : (place + 1) * size]]
 
 
-def targets_of_step(run, step):
-    """How many targets the micro-batches of a step have, on all processes together."""
-    first = step * run.settings["grad_accum"]
+def targets_of_step(run):
+    """How many targets the micro-batches of the next step have, on all processes together."""
+    first = run.step * run.settings["grad_accum"]
     numbers = range(first, first + run.settings["grad_accum"])
     return sum(int(rows_of_micro_batch(run, number)[:, 1].sum()) for number in numbers)
 
@@ -303,12 +303,13 @@ def fetch(run, split, rows):
     return to_device(run, x), to_device(run, y), control
 
 
-def batch(run, number):
-    """Micro-batch `number`: inputs, targets, its share of the step's targets (a scalar), control.
+def batch(run, number, targets):
+    """Micro-batch `number` of a step with so many targets: inputs, targets, its share of the step's
+    (a scalar), control.
 
     For one row in ten the control is 0, so that the model learns to work without."""
     rows = rows_of_micro_batch(run, number)
-    share = rows[:, 1].sum() / targets_of_step(run, number // run.settings["grad_accum"])
+    share = rows[:, 1].sum() / targets
     x, y, control = fetch(run, run.train, rows)
     if control is not None:
         rng = np.random.default_rng((run.settings["seed"], number, 1))
@@ -348,8 +349,8 @@ def choose_dtype(device, config):
             return "bf16", "this GPU has bf16 units"
         half = "fp16"
         size = 2048
-    # A small model's number of weights decides, no timing, so that runs to be compared use the same
-    # dtype.
+    # For small models the number of weights decides, no timing, so that runs to be compared use the
+    # same dtype.
     elif config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size) < 1.5e6:
         return "fp32", "the casts of so small a model cost more than bf16 saves"
     # Has this device units for it? Without, a CPU's products take up to 100 times as long, and some
@@ -393,7 +394,7 @@ def make_run(args, settings, model, device, dtype, meta, train, val):
     # Checkpointing restores the random state, which a CUDA graph cannot record.
     records = records and not (args.checkpoint_blocks or args.no_record)
     bucket = 1
-    if records or args.compile:  # each length needs a graph or a compilation of its own, so few
+    if records or args.compile:  # few lengths, as each needs a graph or a compilation of its own
         bucket = math.gcd(64, settings["block_size"])  # no row may exceed block_size
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # a length needs several: train, validate, ...
@@ -507,8 +508,8 @@ def autocast(run):
 def micro_batch(run, x, y, share, control=None):
     """Forward and backward pass of some rows, see batch; gradients add up over a step.
 
-    -> the task and the homeostatic loss times the share, (2,): over a step they add up to the sum
-    of its nats over the sum of its targets, however it is cut into micro-batches."""
+    -> the task and the homeostatic loss times the share, (2,). Over a step they add up to its mean
+    per target, however it is cut into micro-batches."""
     with autocast(run):
         loss = run.model(x, y, control=control)
     run.scaler.scale(loss.total * share).backward()
@@ -533,10 +534,10 @@ def recorded(run):
         inputs = [x, y, torch.zeros((), device=run.device), control]
         for _ in range(2):  # whatever compiles or allocates does so now
             micro_batch(run, *inputs)
-        run.model.zero_grad(set_to_none=False)  # a graph writes where it wrote when recorded
+        run.model.zero_grad(set_to_none=False)  # a graph adds to these very tensors
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(run.device)
-        # Thread_local: torch's other threads may allocate meanwhile.
+        # The mode lets other threads of torch allocate meanwhile.
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             losses = micro_batch(run, *inputs)
         graphs[length] = graph, inputs, losses
@@ -575,8 +576,9 @@ def update(run):
 
 
 def train_steps(run):
-    """Trains without end; after each step yields the losses of this process's micro-batches (2,)
-    and the gradient's norm, tensors: nothing waits for a GPU, except fp16's scaler."""
+    """Trains without end; after each step yields the nats of this process's micro-batches (2,), the
+    targets of all processes, and the gradient's norm. Nothing waits for a GPU, except fp16's
+    scaler."""
     compute = functools.partial(micro_batch, run)
     if run.records:
         try:
@@ -589,15 +591,16 @@ def train_steps(run):
     while True:
         for group in run.optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(run.step + 1, run.settings)
+        targets = targets_of_step(run)
         losses = torch.zeros(2, device=run.device)
         first = run.step * accum
         for number in range(first + RANK, first + accum, WORLD):  # this process's micro-batches
             seed = np.random.SeedSequence((run.settings["seed"], number)).generate_state(1)[0]
             torch.manual_seed(int(seed))  # of the dropout
-            losses += compute(*batch(run, number))
+            losses += compute(*batch(run, number, targets))
         norm = update(run)
         run.step += 1
-        yield losses, norm
+        yield losses * targets, targets, norm
 
 
 # ---- Validation, checkpoints, the log ----------------------------------------------------------
@@ -769,6 +772,7 @@ def loop(args, run, stop):
     first = run.step + 1
     steps = train_steps(run)
     meter = Meter(run)
+    estimated = False
     on_terminal = RANK == 0 and sys.stderr.isatty()
     with tqdm(total=s["max_steps"], initial=run.step, unit="step", disable=not on_terminal) as bar:
         while run.step < s["max_steps"]:
@@ -778,15 +782,15 @@ def loop(args, run, stop):
                 sum_over_processes(torch.zeros(1))  # a barrier: when one exits, torchrun ends all
                 # The number is 0 where another process was asked.
                 raise SystemExit(128 + (stop.number or signal.SIGTERM))
-            targets = targets_of_step(run, run.step)  # before the step, which raises run.step
-            losses, norm = next(steps)
-            meter.nats += losses * targets
+            nats, targets, norm = next(steps)
+            meter.nats += nats
             meter.targets += targets
             bar.update()
             evaluates = run.step % s["eval_interval"] == 0 or run.step == s["max_steps"]
             if evaluates or run.step % s["log_interval"] == 0 or run.step == first:
                 meter.log(run, norm)
-                if first < run.step <= first + s["log_interval"]:  # the second line of the log
+                if run.step > first and not estimated:
+                    estimated = True
                     per_step = (time.perf_counter() - meter.clock) / (run.step - first)
                     minutes = per_step * (s["max_steps"] - run.step) / 60
                     log.info(f"About {minutes:.1f} minutes to go, without validation")
@@ -829,7 +833,7 @@ def bench(args, device):
         run = make_run(args, s, ModulatedLM(config), device, dtype, {}, data, data)
         steps[name] = train_steps(run)
         next(steps[name])  # what is allocated or compiled at first use
-        if not peak:
+        if name == "with the controller":
             peak = kernels.peak_memory(device)
     times = {name: [] for name in steps}
     for _ in range(7):
@@ -840,7 +844,8 @@ def bench(args, device):
     for name, measured in times.items():
         speed = s["grad_accum"] * rows[:, 1].sum() / statistics.median(measured)
         print(f"{name:20}{speed:>12,.0f} tokens/s")
-    share = statistics.median(1 - b / a for a, b in zip(*times.values(), strict=True))
+    both = zip(*times.values(), strict=True)
+    share = statistics.median(1 - static / modulated for modulated, static in both)
     print(f"{'the controller':20}{share:>12.1%} of a step\n"
           f"{'peak memory':20}{peak >> 20:>12,} MiB")
 
