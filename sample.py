@@ -35,10 +35,10 @@ def draw(logits, uniform, temperature=0.8, top_k=50, top_p=1.0):
     uniform number picks by the inverse of the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
-    n = logits.size(-1)
-    if 0 < top_k < n:
-        n = top_k
-    likeliest, tokens = logits.topk(n)  # (B, k), falling
+    k = logits.size(-1)
+    if 0 < top_k < k:
+        k = top_k
+    likeliest, tokens = logits.topk(k)  # (B, k), falling
     p = (likeliest.float() / max(temperature, 1e-30)).softmax(-1)
     if top_p < 1:
         before = p.cumsum(-1) - p
@@ -59,10 +59,10 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight, bias=None):
         super().__init__()
-        self.weight = weight  # (out, in); weight and bias are there for code that reads them
+        self.weight = weight  # (out, in); the salience pooling reads weight and bias themselves
         self.bias = bias
         self.n_out = len(weight)
-        width = math.ceil(self.n_out / 256) * 16  # outputs in a part, for at most 16 parts
+        width = math.ceil(self.n_out / 256) * 16  # outputs of a part: of at most 16 parts
         parts = math.ceil(self.n_out / width)
         padding = (0, parts * width - self.n_out)
         filled = F.pad(weight.detach(), (0, 0, *padding))
@@ -89,7 +89,7 @@ def is_amd():
 
 def for_generation(model):
     """A copy of the model in eval mode. It shares the weights; an AMD's get packed copies, too."""
-    # deepcopy takes what this holds for copied already.
+    # deepcopy's memo: what is in it counts as copied, so it is shared.
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     model = copy.deepcopy(model, shared).eval()
     if model.embed.weight.device.type == "cpu" and is_amd():
@@ -121,7 +121,7 @@ def captured(step, memory, *inputs):
     length = memory.length
     graph = torch.cuda.CUDAGraph()
     # A stream of its own, since torch's for capturing belongs to the first GPU that captured.
-    # The mode lets another thread pin memory meanwhile.
+    # The mode lets other threads of torch allocate meanwhile.
     stream = torch.cuda.Stream(device)
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         output = step(*inputs)
@@ -133,7 +133,7 @@ def captured(step, memory, *inputs):
             old.copy_(value)
         graph.replay()
         memory.length += 1
-        memory.signals = signals  # the graph's; a step outside it would have replaced them
+        memory.signals = signals  # the graph's, also after a step outside it has set others
         return output
     return replay
 
@@ -232,7 +232,8 @@ class Row:
     def show(self, levels=()):
         """Makes the waiting tokens text; levels, of the tokens that were read last, colour them."""
         n = len(self.waiting)
-        # Both end with the same token. One that was not read, or is no text, has no colour.
+        # Both end with the same token. Tokens before the levels' first were not read in this step,
+        # so they have no colour; a level before the first token is that of END.
         padded = [None] * n + list(levels)
         for token, level in zip(self.waiting, padded[len(levels) :], strict=True):
             text = self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))

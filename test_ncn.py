@@ -1629,7 +1629,7 @@ def test_prepare_labels(monkeypatch, tmp_path):
     ("good.txt --max_mb=-1", "--max_mb"),
     ("good.txt --tokenizer gpt5", "unknown tokenizer 'gpt5'"),
     ("good.txt --vocab=300", "bytes can have a vocabulary of 257 to 257, not of 300"),
-    ("good.txt --labels", "a label of 0 numbers, not of 2"),
+    ("good.txt --labels", "--labels is for the demo stories"),
     ("label.txt good.txt", "good.txt: a label of 0 numbers, not of 1 as expected: 'a'"),
     ("nan.txt", "nan.txt: '<|control|> nan' must be finite")])
 def test_prepare_bad_input(monkeypatch, tmp_path, capsys, args, says):
@@ -2202,7 +2202,7 @@ def compare_with_ddp(rank, world, port, data, out):
     run = new_run(data, out, f"{STORIES} --grad_clip 0")
     ddp = torch.nn.parallel.DistributedDataParallel(new_run(data, out, STORIES).model)
     run.optimizer = mock.MagicMock()  # leaves weights and gradients alone
-    x, y, share, _ = training.batch(run, rank)
+    x, y, share, _ = training.batch(run, rank, training.targets_of_step(run))
     training.micro_batch(run, x, y, share)
     training.update(run)
     (ddp(x, y).total * share * world).backward()  # DDP takes the mean
@@ -2359,7 +2359,7 @@ def test_train_begins_with_another_runs_weights(demo, labelled, whole, tmp_path,
 
 def test_train_a_row_in_ten_has_no_control(labelled, tmp_path):
     run = new_run(labelled, tmp_path, STORIES)
-    controls = [training.batch(run, number)[3] for number in range(300)]
+    controls = [training.batch(run, number, 1)[3] for number in range(300)]
     missing = torch.cat([(control == 0).float().mean((1, 2)) for control in controls])
     assert set(missing.tolist()) == {0, 1}  # of a row, all or nothing
     assert 0.06 < missing.mean() < 0.14
@@ -2756,8 +2756,8 @@ def test_analyze_scan_and_audit(monkeypatch, run_analyze, config):
     text = "He paid $5 and $6,\nbut it was empty."
     out = run_analyze(f"--scan '{text}' --audit --ckpt ckpt.pt")
     assert sorted(os.listdir("out")) == ["audit.png", "brain_scan.png"]
-    tokens = torch.tensor([list(text.encode()[:32])])
-    precision = model.signals(tokens)[0, :, 0, 1]
+    tokens = torch.tensor([[256, *text.encode()[:31]]])  # after an END, as stories are
+    precision = model.signals(tokens)[0, 1:, 0, 1]
     assert printed(out, "    0")[3] == f"{precision.mean():.3f}"
     scales = {ax.images[0].get_clim() for ax in figures[0].axes[:3]}
     assert len(scales) == 1, "all three signals have one"
