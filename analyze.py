@@ -762,8 +762,8 @@ def audit(model, batches, title, folder):
     trained = losses.pop("as trained")
     added = {label: loss - trained for label, loss in losses.items()}
     errors = {label: 2 * x.std(ddof=1) / math.sqrt(len(x)) for label, x in added.items()}
-    print(f"\nLoss on up to 64 validation rows: {trained.mean():.4f}. With signals pinned it changes by "
-          "(±: two standard errors, paired)")
+    print(f"\nLoss on up to 64 validation rows: {trained.mean():.4f}. With signals pinned it "
+          "changes by (±: two standard errors, paired)")
     for label, x in added.items():
         print(f"{label:17}  {x.mean():+.5f} ± {errors[label]:.5f}")
     if "prefix only" in added:
