@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -340,7 +341,7 @@ def download(url, path):
         if END.encode() not in next(read_blocks(part), b""):
             raise ConnectionError("these are no stories, but perhaps a login page")
         part.rename(path)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(f"cannot download {url}: {error}") from None
     finally:
         part.unlink(missing_ok=True)
@@ -629,14 +630,14 @@ def command(main):
     return run
 
 
-def locked(folder, program):
+def locked(folder):
     """Holds the lock of `folder`, which it makes, while in a `with` block: one program at a time.
     Raises ValueError if another process has it, OSError if there cannot be a lock."""
     os.makedirs(folder, exist_ok=True)
     try:
         return filelock.FileLock(f"{folder}/lock").acquire(timeout=0)
     except filelock.Timeout:
-        raise ValueError(f"another {program} is at work in {folder}: "
+        raise ValueError(f"another program is at work in {folder}: "
                          "wait for it, or name another folder by --out") from None
 
 
@@ -682,7 +683,7 @@ def main():
     args = read_arguments()
     if not args.input and any(Path("training_data").rglob("*.txt")):
         args.input = ["training_data"]
-    with locked(args.out, "prepare.py"):
+    with locked(args.out):
         try:
             meta = prepare(args.input or ["tinystories"], args)
         except ConnectionError as error:
