@@ -1653,9 +1653,9 @@ def test_prepare_bad_input(monkeypatch, tmp_path, capsys, args, says):
 
 def test_prepare_one_at_a_time(monkeypatch, tmp_path, capsys):
     args = "demo", "--max_mb=0.1", "--out", tmp_path
-    with prepare.locked(tmp_path, "training"):
+    with prepare.locked(tmp_path):
         assert prepare_here(monkeypatch, *args) == 2
-    assert f"another prepare.py is at work in {tmp_path}" in capsys.readouterr().err
+    assert f"another program is at work in {tmp_path}" in capsys.readouterr().err
     assert prepare_here(monkeypatch, *args) == 0
     (tmp_path / "lock").unlink()
     (tmp_path / "lock").mkdir()                             # the true reason: it is no file
@@ -2308,8 +2308,8 @@ def test_train_killed_process_is_restarted_by_torchrun(demo, two, tmp_path):
 def test_train_one_run_per_folder(demo, tmp_path, capsys):
     assert train_here(demo, tmp_path, "--max_steps 1") == 0
     first = log_of(tmp_path)
-    with prepare.locked(tmp_path, "training"):
-        assert "another training is at work in" in refused(capsys, demo, tmp_path)
+    with prepare.locked(tmp_path):
+        assert "another program is at work in" in refused(capsys, demo, tmp_path)
     assert "another" not in refused(capsys, demo, tmp_path / "training.log")
     assert train_here(demo, tmp_path, "--max_steps 2") == 0
     assert train_here(demo, tmp_path, "--max_steps 3") == 0
@@ -2339,7 +2339,7 @@ def test_train_refuses(demo, tmp_path, capsys, flags, says):
 def test_train_resume_refuses(demo, whole, tmp_path, capsys):
     assert "--n_embd: it was 16" in refused(capsys, demo, whole, "--resume --n_embd 32")
     path = tmp_path / "ckpt_latest.pt"
-    ModulatedLM.load(whole / path.name).save(path)
+    ModulatedLM.load(whole / path.name).save(path, optimizer={})
     assert "was not written by train.py" in refused(capsys, demo, tmp_path, "--resume")
     path.write_bytes(path.read_bytes()[:5000])
     assert "damaged" in refused(capsys, demo, tmp_path, "--resume")
@@ -2844,7 +2844,10 @@ def test_readme_equations_link_to_their_lines():
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_stories(tmp_path / "stories.txt", ["He said \"no\".", "A cat sat."])
     exec(snippet, {})
+    for labelled in tmp_path.glob("labelled.txt"):
+        assert [label for _, label in prepare.read_stories(labelled.read_bytes())] == [[0.31], [0]]
 
 
 def with_head_gates(source):

@@ -153,17 +153,15 @@ def settings_of(args, on_gpu, saved=None):
     settings = PAPER if preset == "paper" else LAPTOP
     notes = [f"Preset {preset}"]
     if saved:
-        settings = saved["settings"]
+        settings = PAPER | saved["settings"]  # an older one may lack some
         notes = []
     settings = settings | given
     for name in ("batch_size", "grad_accum", "log_interval", "eval_interval", "val_sequences"):
         if settings[name] < 1:
             raise ValueError(f"--{name} is {settings[name]}, it must be at least 1")
-    for name in ("max_steps", "warmup_steps", "seed", "grad_clip"):
+    for name in ("max_steps", "warmup_steps", "seed", "grad_clip", "lr", "embed_lr"):
         if settings[name] < 0:
             raise ValueError(f"--{name} is {settings[name]}, it must be 0 or more")
-    if 0 < settings["max_steps"] < settings["warmup_steps"]:
-        notes.append("max_steps is below warmup_steps: the peak learning rate is never reached")
     return settings, notes
 
 
@@ -395,7 +393,7 @@ def make_run(args, settings, model, device, dtype, meta, train, val):
     records = records and not (args.checkpoint_blocks or args.no_record)
     bucket = 1
     if records or args.compile:  # few lengths, as each needs a graph or a compilation of its own
-        bucket = math.gcd(64, settings["block_size"])  # no row may exceed block_size
+        bucket = 64 if settings["block_size"] % 64 == 0 else settings["block_size"]
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # a length needs several: train, validate, ...
         model.compile(dynamic=False)
@@ -440,7 +438,7 @@ def read_start(args):
         initial = load_file(args.init) if args.init else None
         return meta, None, initial
     saved = load_file(latest)
-    if "optimizer" not in saved:
+    if not saved.keys() >= {"optimizer", "scaler", "settings", "data"}:
         raise ValueError(f"{latest} was not written by train.py: it cannot be resumed")
     if not prepare.same_data(saved["data"], meta):
         raise ValueError(f"{args.data} is not the data that {latest} began with")
@@ -459,6 +457,8 @@ def start_or_resume(args, device):
     train = read_split(args, "train", meta, s)
     val = read_split(args, "val", meta, s)
     check_rows(args, s, train, val)
+    if s["max_steps"] < s["warmup_steps"]:
+        notes.append("max_steps is below warmup_steps: the peak learning rate is never reached")
     if saved:
         notes += changes(s, saved)
     torch.manual_seed(s["seed"])
@@ -627,12 +627,15 @@ def validate(run):
 
 
 def save(args, run, name):
-    """Writes a checkpoint into the run's folder, on rank 0. But not where a weight is not finite:
-    then the earlier one stays."""
+    """Writes a checkpoint into the run's folder, on rank 0. But not where a weight or one of its
+    moments is not finite: then the earlier one stays."""
     if RANK > 0:
         return
-    if not all(p.isfinite().all() for p in run.model.parameters()):
-        log.info(f"{name} is not written: the weights are not finite")
+    tensors = list(run.model.parameters())
+    for moments in run.optimizer.state.values():
+        tensors += moments.values()
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        log.info(f"{name} is not written: the weights or their moments are not finite")
         return
     run.model.save(
         os.path.join(args.out, name), optimizer=run.optimizer.state_dict(),
@@ -754,7 +757,7 @@ def train(args, device):
     stop = StopSign()
     with contextlib.ExitStack() as stack:
         if RANK == 0:
-            stack.enter_context(prepare.locked(args.out, "training"))
+            stack.enter_context(prepare.locked(args.out))
             open_log(args, resumes=run.step > 0)
             stack.enter_context(logging_redirect_tqdm([log]))
         describe(args, run, notes)
