@@ -54,7 +54,7 @@ class PackedLinear(nn.Module):
     """Stands in for nn.Linear on an AMD CPU: the same result, and sooner for few rows.
 
     Reading the weight then takes nearly all the time, and torch's product (Intel's MKL) reads it
-    slowly on other makers' CPUs. So it is stored in parts, input by output, and each core reads
+    slowly on these CPUs. So it is stored in parts, input by output, and each core reads
     parts of its own from beginning to end: up to twice the tokens/s on 2 cores."""
 
     def __init__(self, weight, bias=None):
