@@ -2877,6 +2877,10 @@ run(sample.main, "--prompt", "Once", "--max_new_tokens", "5", "--precision", "0.
 sample.colours_are_shown = lambda: True
 run(sample.main, "--prompt", "Once", "--max_new_tokens", "5", "--trace", "gain")
 model = ModulatedLM.load("out/ckpt_best.pt")
+x = torch.randn(1, 20, 16)
+attention = model.blocks[0].attention
+assert torch.equal(attention(x, head_gates=torch.ones(1, 20, 2)), attention(x))
+assert not attention(x, head_gates=torch.zeros(1, 20, 2)).any()
 ids = torch.arange(20)[None]
 assert model.signals(ids).shape == (1, 20, 1, 5)
 longer = sample.generate(model, ids, 9, temperature=0)
