@@ -62,7 +62,7 @@ HELP = {
         "batch_size": "rows per micro-batch",
         "grad_accum": "micro-batches per optimizer step, over all processes",
         "lr": "peak learning rate; a cosine leads to 0 after the last step. A wider model wants a "
-              "lower one: 0.003 at width 128, 0.0016 at 192, 0.001 at 256",
+              "lower one: with 1,024 tokens a step 0.003 at width 128, 0.0016 at 192, 0.001 at 256",
         "embed_lr": "peak learning rate of the token and position embeddings, which a wider model "
                     "does not want lower; 0: as --lr",
         "seed": "of the weights, the data order and the dropout",
