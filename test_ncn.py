@@ -2082,6 +2082,11 @@ def test_train_epochs_have_each_row_once_in_another_order(demo, tmp_path):
     assert (first != second).any()
 
 
+def test_train_validates_all_seeds_on_the_same_rows(demo, tmp_path):
+    rows = [new_run(demo, tmp_path, f"--seed {seed}").val.rows for seed in (1, 2)]
+    np.testing.assert_array_equal(*rows)
+
+
 def test_train_compiled_has_the_same_losses(demo, tmp_path):
     """Traced as --compile does it, but run without a C compiler: that takes minutes."""
     logs = []
