@@ -2287,13 +2287,19 @@ def test_train_error_in_one_process_ends_all(demo, tmp_path):
     assert checkpoint(tmp_path)["step"] == 6
 
 
-MORTAL = """import os, sys, train
+MORTAL = """import os, sys, train, weakref
 update = train.update
 def update_or_die(run):
     if run.step == 6 and train.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), 9)
     return update(run)
 train.update = update_or_die
+destroy = train.dist.destroy_process_group
+def destroy_and_see():
+    group = weakref.ref(train.dist.group.WORLD)
+    destroy()
+    assert group() is None
+train.dist.destroy_process_group = destroy_and_see
 sys.exit(train.main())"""
 
 

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: see join_processes
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -202,6 +203,8 @@ def join_processes(device):
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     nccl = device.type == "cuda" and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    # torch.distributed.nn is imported above, because torch.optim would do so after this: then its
+    # functions keep the group as a default, and a thread of it at times aborts the exit.
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
 
 
