@@ -203,8 +203,8 @@ def join_processes(device):
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     nccl = device.type == "cuda" and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-    # torch.distributed.nn is imported above, because torch.optim would do so after this: then its
-    # functions keep the group as a default, and a thread of it at times aborts the exit.
+    # torch.distributed.nn is imported above. Left to torch.optim, that happens after this line, and
+    # its functions keep the group as a default: never freed, its threads at times abort the exit.
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
 
 
